@@ -1,0 +1,4 @@
+"""pmm's command line."""
+
+
+def main() -> None: ...

@@ -1,0 +1,86 @@
+"""The one place where samples, seconds, wav2vec2 steps, mel columns and video frames meet.
+
+Nobody else multiplies or divides by a rate. Counts are integers and are computed in integer
+arithmetic; only interpolation positions are real numbers.
+
+The steps of a wav2vec2 model: its convolutions (kernels 10 3 3 3 3 2 2, strides 5 2 2 2 2 2 2)
+turn 16 kHz audio into one vector each 320 samples, and step ``s`` is centred at
+``(s + 0.625) * 20 ms``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+SPEECH_RATE = 16_000
+"""Hz; what wav2vec2 and Wav2Lip listen to."""
+
+STEP_SAMPLES = 320
+"""Samples at SPEECH_RATE from one wav2vec2 step to the next (20 ms)."""
+
+STEP_RECEPTIVE_SAMPLES = 400
+"""Samples at SPEECH_RATE that one wav2vec2 step sees (25 ms)."""
+
+STEPS_PER_SECOND = SPEECH_RATE // STEP_SAMPLES
+_STEP_CENTRE = (STEP_RECEPTIVE_SAMPLES / 2) / STEP_SAMPLES  # 0.625 steps
+
+MEL_HOP_SAMPLES = 200
+"""Samples at SPEECH_RATE from one mel column to the next (12.5 ms)."""
+
+MEL_COLUMNS_PER_SECOND = SPEECH_RATE // MEL_HOP_SAMPLES
+
+
+def seconds(samples: int, rate: int) -> float:
+    """Duration in seconds of ``samples`` at ``rate`` Hz, for people to read."""
+    return samples / rate
+
+
+def samples(duration_seconds: float, rate: int) -> int:
+    """How many samples at ``rate`` Hz a duration in seconds takes, rounded."""
+    return round(duration_seconds * rate)
+
+
+def frames(samples: int, rate: int, fps: int) -> int:
+    """T: video frames in a clip, ``round(samples / rate * fps)``, halves up, in integers.
+
+    >>> frames(32000, 16000, 30), frames(801, 48000, 60), frames(1, 16000, 30)
+    (60, 1, 0)
+    """
+    return (2 * samples * fps + rate) // (2 * rate)
+
+
+def resampled(samples: int, rate: int, to_rate: int = SPEECH_RATE) -> int:
+    """Samples of the same clip at another rate, rounded halves up."""
+    return frames(samples, rate, to_rate)
+
+
+def steps(speech_samples: int) -> int:
+    """S: wav2vec2 steps in a clip of so many 16 kHz samples (49 in 1 s, 99 in 2 s); 0 if too short."""
+    return max(0, (speech_samples - STEP_RECEPTIVE_SAMPLES) // STEP_SAMPLES + 1)
+
+
+def step_positions(frame_count: int, step_count: int, fps: int, first_frame: int = 0) -> np.ndarray:
+    """Where video frames read the native wav2vec2 steps, for linear interpolation.
+
+    Frame ``j`` reads position ``clip(50 j / fps - 0.625, 0, S - 1)``, j counted from the start of
+    the whole clip, so that a window of a clip reads the same values as the clip does.
+
+    Returns (frame_count,) float64.
+    """
+    j = np.arange(first_frame, first_frame + frame_count, dtype=np.float64)
+    return np.clip(STEPS_PER_SECOND * j / fps - _STEP_CENTRE, 0, step_count - 1)
+
+
+def frame_times(frame_count: int, fps: int) -> np.ndarray:
+    """Seconds of each video frame from the start of the clip: (frame_count,) float64."""
+    return np.arange(frame_count, dtype=np.float64) / fps
+
+
+def mel_window_starts(frame_count: int, column_count: int, fps: int, width: int) -> np.ndarray:
+    """First mel column of each video frame's window of ``width`` columns: (frame_count,) int64.
+
+    Frame ``i`` takes columns from ``floor(80 i / fps)``; a window that would run past the end
+    takes the last full window instead, so that no frame is lost.
+    """
+    starts = np.arange(frame_count, dtype=np.int64) * MEL_COLUMNS_PER_SECOND // fps
+    return np.minimum(starts, max(0, column_count - width))

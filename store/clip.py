@@ -119,7 +119,7 @@ class Take:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], where: str) -> Take:
-        """Raises BadInput if a field is missing, has another type, or the take's id does not follow from it."""
+        """Raises BadInput if a field is missing or of another type, or the id does not follow from them."""
         try:
             clip = Clip(*(value[key] for key in ("clip", "rate", "channels", "start", "end")))
             texts = {

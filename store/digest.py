@@ -75,7 +75,7 @@ class Digest:
         return self.add_stream(view.nbytes, [view])
 
     def add_stream(self, length: int, blocks: Iterable[bytes | memoryview]) -> Digest:
-        """One byte string of ``length`` bytes that comes in blocks. Raises ValueError if it is not that long."""
+        """One byte string that comes in blocks. Raises ValueError if it is not ``length`` bytes long."""
         self._hash.update(length.to_bytes(8, "little"))
         seen = 0
         for block in blocks:

@@ -59,6 +59,11 @@ def steps(speech_samples: int) -> int:
     return max(0, (speech_samples - STEP_RECEPTIVE_SAMPLES) // STEP_SAMPLES + 1)
 
 
+def step_span(first: int, last: int) -> tuple[int, int]:
+    """The 16 kHz samples [start, end) that steps [first, last) are computed from."""
+    return first * STEP_SAMPLES, (last - 1) * STEP_SAMPLES + STEP_RECEPTIVE_SAMPLES
+
+
 def step_positions(frame_count: int, step_count: int, fps: int, first_frame: int = 0) -> np.ndarray:
     """Where video frames read the native wav2vec2 steps, for linear interpolation.
 
@@ -74,6 +79,16 @@ def step_positions(frame_count: int, step_count: int, fps: int, first_frame: int
 def frame_times(frame_count: int, fps: int) -> np.ndarray:
     """Seconds of each video frame from the start of the clip: (frame_count,) float64."""
     return np.arange(frame_count, dtype=np.float64) / fps
+
+
+def mel_columns(speech_samples: int) -> int:
+    """Columns of the (centred) mel spectrogram of so many 16 kHz samples."""
+    return speech_samples // MEL_HOP_SAMPLES + 1
+
+
+def mel_samples(column_count: int) -> int:
+    """The fewest 16 kHz samples whose mel spectrogram has so many columns."""
+    return (column_count - 1) * MEL_HOP_SAMPLES
 
 
 def mel_window_starts(frame_count: int, column_count: int, fps: int, width: int) -> np.ndarray:

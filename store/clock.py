@@ -64,6 +64,11 @@ def step_span(first: int, last: int) -> tuple[int, int]:
     return first * STEP_SAMPLES, (last - 1) * STEP_SAMPLES + STEP_RECEPTIVE_SAMPLES
 
 
+def first_step(start: int) -> int:
+    """The step whose samples begin at ``start``, a multiple of STEP_SAMPLES."""
+    return start // STEP_SAMPLES
+
+
 def step_positions(frame_count: int, step_count: int, fps: int, first_frame: int = 0) -> np.ndarray:
     """Where video frames read the native wav2vec2 steps, for linear interpolation.
 
@@ -99,3 +104,66 @@ def mel_window_starts(frame_count: int, column_count: int, fps: int, width: int)
     """
     starts = np.arange(frame_count, dtype=np.int64) * MEL_COLUMNS_PER_SECOND // fps
     return np.minimum(starts, max(0, column_count - width))
+
+
+# --- time codes -----------------------------------------------------------------------------------
+# Live Link Face writes HH:MM:SS:FF.sss: FF counts 60ths of a second (in 30 fps takes too) and sss
+# thousandths of such a frame, so that a tick of 1/60,000 s holds any time code exactly.
+
+TIMECODE_FRAMES_PER_SECOND = 60
+TICKS_PER_FRAME = 1_000
+TICKS_PER_SECOND = TIMECODE_FRAMES_PER_SECOND * TICKS_PER_FRAME
+TICKS_PER_DAY = 24 * 3600 * TICKS_PER_SECOND
+
+
+def timecode_ticks(
+    hours: np.ndarray,
+    minutes: np.ndarray,
+    whole_seconds: np.ndarray,
+    frame: np.ndarray,
+    thousandths: np.ndarray,
+) -> np.ndarray:
+    """Ticks since midnight of time codes whose fields are int64 arrays of one shape."""
+    second = 3600 * hours + 60 * minutes + whole_seconds
+    return (second * TIMECODE_FRAMES_PER_SECOND + frame) * TICKS_PER_FRAME + thousandths
+
+
+def timecode(ticks: int) -> str:
+    """``HH:MM:SS:FF.sss`` of a time in ticks, modulo a day.
+
+    >>> timecode(0), timecode(TICKS_PER_DAY + 61_500)
+    ('00:00:00:00.000', '00:00:01:01.500')
+    """
+    frame, thousandths = divmod(ticks % TICKS_PER_DAY, TICKS_PER_FRAME)
+    second, frame = divmod(frame, TIMECODE_FRAMES_PER_SECOND)
+    minute, second = divmod(second, 60)
+    return f"{minute // 60:02}:{minute % 60:02}:{second:02}:{frame:02}.{thousandths:03}"
+
+
+def export_ticks(row_count: int, fps: int) -> np.ndarray:
+    """Ticks of exact rows at ``fps``, which divides 60, from 0: (row_count,) int64."""
+    return np.arange(row_count, dtype=np.int64) * (TICKS_PER_SECOND // fps)
+
+
+def device_ticks(row_count: int, device_hz: float) -> np.ndarray:
+    """Ticks of the rows of a device that runs at ``device_hz`` (59.9 or so): (row_count,) int64."""
+    return np.rint(np.arange(row_count) * (TICKS_PER_SECOND / device_hz)).astype(np.int64)
+
+
+def track_ticks(ticks: np.ndarray) -> int:
+    """Length of a track of rows at ``ticks``: first to last, and the median interval for the last row."""
+    return int(ticks[-1] - ticks[0]) + round(float(np.median(np.diff(ticks))))
+
+
+def track_rate(ticks: np.ndarray) -> float:
+    """Rows per second from the first row to the last."""
+    return (len(ticks) - 1) * TICKS_PER_SECOND / int(ticks[-1] - ticks[0])
+
+
+def track_positions(ticks: np.ndarray, frame_count: int, fps: int) -> np.ndarray:
+    """Where video frames read the rows at ``ticks``, for linear interpolation: (frame_count,) float64.
+
+    Frame ``j`` is at ``j / fps`` after the first row; frames after the last row read the last.
+    """
+    wanted = frame_times(frame_count, fps) * TICKS_PER_SECOND
+    return np.interp(wanted, ticks - ticks[0], np.arange(len(ticks)))

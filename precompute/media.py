@@ -45,10 +45,17 @@ _FULL_SCALE = {"s8": 2**7, "s16": 2**15, "s24": 2**23, "s32": 2**31, "f32": 1, "
 class Source(Protocol):
     """Native audio of one file. ``blocks`` gives (n, channels) arrays of ``sample_format``."""
 
-    rate: int
-    channels: int
-    sample_format: str
-    samples: int
+    @property
+    def rate(self) -> int: ...
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def sample_format(self) -> str: ...
+
+    @property
+    def samples(self) -> int: ...
 
     def blocks(self, start: int, end: int) -> Iterator[np.ndarray]: ...
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pmm import BadInput
+from pmm import BadInput, StoreCorrupt
 
 Json = None | bool | int | str | list["Json"] | dict[str, "Json"]
 
@@ -23,7 +24,47 @@ Json = None | bool | int | str | list["Json"] | dict[str, "Json"]
 def canonical_json(value: Any) -> bytes:
     """The one spelling of ``value`` as JSON. Tuples are lists. Raises TypeError on a float."""
     _refuse_floats(value)
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return _spelled(value)
+
+
+def _spelled(value: Any) -> bytes:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    # A file name that is no UTF-8 reaches us with lone surrogates; backslashreplace spells one as
+    # JSON does, \udcff.
+    return text.encode("utf-8", "backslashreplace")
+
+
+_SEAL = re.compile(rb',"sha256":"([0-9a-f]{64})"\}\n')
+_SEAL_BYTES = len(',"sha256":""}\n') + 64
+
+
+def sealed(value: Mapping[str, Any]) -> bytes:
+    """A line of JSON whose last key is the SHA-256 of the same object without that key.
+
+    The digest is over bytes, not over a re-spelling: those before ``,"sha256":`` and then ``}``.
+    Raises TypeError or ValueError on what is no JSON.
+    """
+    body = _spelled(value)
+    return body[:-1] + b',"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'"}\n'
+
+
+def json_line(value: Mapping[str, Any]) -> bytes:
+    """One line of JSON, keys sorted."""
+    return _spelled(value) + b"\n"
+
+
+def unsealed(data: bytes, where: str) -> dict[str, Any]:
+    """The object ``sealed`` spelled. Raises StoreCorrupt, naming ``where``, if any byte differs."""
+    body, seal = data[:-_SEAL_BYTES] + b"}", _SEAL.fullmatch(data[-_SEAL_BYTES:])
+    if seal is None or hashlib.sha256(body).hexdigest().encode() != seal[1]:
+        raise StoreCorrupt(f"{where} is not as it was written: its own sha256 does not match")
+    try:
+        value = strict_json(body, where)
+    except BadInput as error:
+        raise StoreCorrupt(str(error)) from None
+    if not isinstance(value, dict):
+        raise StoreCorrupt(f"{where} holds no JSON object")
+    return value
 
 
 def _refuse_floats(value: Any) -> None:

@@ -1,0 +1,564 @@
+"""Store: what is known to be in a folder of fragments, and the only way to add to it.
+
+A store is a set of files created once each. Opening lists them and reads each small one; what a
+fragment holds is read when it is asked for. Everything derived (which fragment serves a row, which
+takes are listed) is computed from these tables, so ``refresh`` only has to read what is new.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import os
+import socket
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar
+from uuid import uuid4
+
+import numpy as np
+
+import pmm
+from pmm import AlreadyThere, BadInput, NotFound, PmmError, StoreCorrupt
+from pmm.store import fragment as fragments
+from pmm.store.clip import Take
+from pmm.store.digest import json_line, sealed, strict_json, unsealed
+from pmm.store.feature import MODALITIES, FeatureSpec
+from pmm.store.fragment import CHUNK_BYTES, FORMAT, Fragment, Reader, refuse_newer
+from pmm.store.medium import LocalMedium, Medium
+
+MARK = "pmm.json"
+_SHEET_BYTES = 1 << 30
+_SMALL_BYTES = 16 << 20
+_ATTEMPTS = 8
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A clip that could not be processed.
+
+    key      clip id; ``file:<sha256>`` of a file that did not decode; ``path:<path>`` of one that
+             could not even be read
+    source   the path it came from
+    stage    where it failed: probe, or a modality
+    reason   one line
+    attempt  1 + earlier attempts of this key; filled in by ``Store.publish_failures`` where 0
+    when     ISO 8601, for people; filled in where empty
+    spec     the feature spec that was being computed, if any
+    """
+
+    key: str
+    source: str
+    stage: str
+    reason: str
+    attempt: int = 0
+    when: str = ""
+    spec: str = ""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One run's list of the takes in a dataset."""
+
+    name: str
+    dataset: str
+    origin: Mapping[str, str]
+    created: str
+    replaces: tuple[str, ...]
+    takes: tuple[Take, ...] = field(repr=False)
+
+    def order(self) -> tuple[str, str]:
+        return (self.created, self.name)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Row and take ids taken out on purpose, and earlier removals (by uuid) that it takes back."""
+
+    hidden: frozenset[str]
+    cancels: tuple[str, ...]
+
+
+class Store:
+    """A store that is open. Use ``create``, ``open`` or ``open_or_create``.
+
+    ``problems`` maps each object that could not be read to the reason, one line: its contents are
+    as if absent, so that one damaged record neither hides the rest nor stops `pmm store verify`.
+    """
+
+    def __init__(self, path: Path, medium: Medium):
+        self.path = path
+        self.medium = medium
+        self.about = _read_mark(path, medium)
+        self._specs = _Table("specs", ".json", _SMALL_BYTES, _load_spec)
+        self._records = _Table("records", ".json", fragments.RECORD_BYTES, _load_record)
+        self._listings = _Table("datasets", ".jsonl", _SHEET_BYTES, _load_listing)
+        self._failures = _Table("failures", ".jsonl", _SHEET_BYTES, _load_failures)
+        self._removals = _Table("removed", ".json", _SMALL_BYTES, _load_removal)
+        self._damaged = _Table("damaged", ".json", 0, lambda key, data, where: None)
+        self._readers: dict[str, Reader] = {}
+        self.refresh()
+
+    # -- opening
+
+    @classmethod
+    def create(cls, path: Path | str) -> Store:
+        """A new store in ``path``: a folder that is missing, empty or a store already.
+
+        Raises AlreadyThere if anything else stands there.
+        """
+        path = Path(path)
+        if _is_store(path):
+            return cls.open(path)
+        if path.exists() and not path.is_dir():
+            raise AlreadyThere(f"{path} is a file; a store is a folder, name another place")
+        if found := _foreign_names(path):
+            raise AlreadyThere(
+                f"{path} is a folder with other things in it ({found}); name an empty or a new one"
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"cannot make a store at {path}: {error.strerror}") from None
+        mark = {"format": FORMAT, "store": uuid4().hex, "created": now(), "pmm": pmm.__version__}
+        LocalMedium(path).create(MARK, sealed(mark))
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: Path | str) -> Store:
+        """Raises NotFound, BadInput if it is no store (saying what was found), or NewerFormat."""
+        path = Path(path)
+        if not path.exists():
+            raise NotFound(f"no store at {path}; `pmm precompute DATASET --store {path}` makes one")
+        if not path.is_dir():
+            raise BadInput(f"{path} is a file, a store is a folder with a {MARK}; name the folder")
+        if not _is_store(path):
+            found = _foreign_names(path) or "nothing"
+            raise BadInput(f"{path} is a folder without a {MARK} (it holds {found}), so it is no store")
+        return cls(path, LocalMedium(path))
+
+    @classmethod
+    def open_or_create(cls, path: Path | str) -> Store:
+        """Raises as ``create`` and ``open`` do; a file or a foreign folder is BadInput."""
+        path = Path(path)
+        fresh = not path.exists() or (path.is_dir() and not _foreign_names(path))
+        return cls.create(path) if fresh else cls.open(path)
+
+    def refresh(self) -> None:
+        """Learns what appeared (and what vanished) since; reads new names only."""
+        before = set(self._records.items)
+        tables = (self._specs, self._records, self._listings, self._failures, self._removals, self._damaged)
+        changed = [table.refresh(self.medium, self.path) for table in tables]
+        for key in before - set(self._records.items):
+            self._readers.pop(_stem(key), None)
+        if any(changed):
+            self._derive()
+
+    @property
+    def problems(self) -> Mapping[str, str]:
+        tables = (self._specs, self._records, self._listings, self._failures, self._removals)
+        return {key: reason for table in tables for key, reason in table.problems.items()}
+
+    # -- features
+
+    @property
+    def specs(self) -> Mapping[str, FeatureSpec]:
+        """Every feature spec in the store, by id."""
+        return MappingProxyType({_stem(key): spec for key, spec in self._specs.items.items()})
+
+    def fragments(self) -> list[Fragment]:
+        """Live fragments, by spec and fragment id."""
+        return sorted(self._live, key=lambda one: (one.spec_id, one.id, one.location))
+
+    def rows(self, spec_id: str) -> list[str]:
+        """Row ids that are served, ascending."""
+        return self._index(spec_id).row_ids()
+
+    def has(self, spec_id: str, row_id: str) -> bool:
+        return self._index(spec_id).find(row_id) is not None
+
+    def missing(self, spec_id: str, row_ids: Iterable[str]) -> list[str]:
+        """Those of ``row_ids`` that are not served, each once, in their order."""
+        index = self._index(spec_id)
+        return [row_id for row_id in dict.fromkeys(row_ids) if index.find(row_id) is None]
+
+    def length(self, spec_id: str, row_id: str) -> int:
+        """Rows (frames or steps) of that clip. Raises NotFound."""
+        one, index = self._find(spec_id, row_id)
+        return int(one.lengths[index])
+
+    def read(self, spec_id: str, row_id: str) -> np.ndarray:
+        """(n, *shape) of the spec's dtype, read-only, mapped from the disk.
+
+        Raises NotFound, or StoreCorrupt naming the clip.
+        """
+        one, index = self._find(spec_id, row_id)
+        try:
+            return self.reader(one).rows(index)
+        except (StoreCorrupt, NotFound) as error:
+            raise StoreCorrupt(f"clip {row_id} cannot be read: {error}") from None
+
+    def reader(self, fragment: Fragment) -> Reader:
+        """The fragment opened, checked at first touch."""
+        if fragment.location not in self._readers:
+            self._readers[fragment.location] = Reader(self.medium, fragment)
+        return self._readers[fragment.location]
+
+    def publish(
+        self,
+        spec: FeatureSpec,
+        rows: Sequence[tuple[str, np.ndarray]],
+        made_with: Mapping[str, Any],
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> Fragment:
+        """Writes one fragment of (row id, (n, *shape) array) and makes it known, durably.
+
+        ``made_with`` is provenance as JSON: models, library versions, device. It goes into the
+        record and decides no id. Raises BadInput if an array is not what ``spec`` says.
+        """
+        people = {"created": now(), "writer": writer(), "made_with": _plain_json(made_with, "made_with")}
+        fragments.check(spec, rows)
+        self._publish_spec(spec)
+        for _ in range(_ATTEMPTS):
+            one = fragments.write(self.medium, spec, rows, people, chunk_bytes)
+            data = one.to_bytes()
+            found = self.medium.create(one.record, data)
+            if found == data:
+                self._records.items[one.record] = one
+                self._derive()
+                return one
+            where = str(self.path / one.record)
+            if Fragment.from_bytes(found, spec.id, one.location, where) is not None:
+                raise StoreCorrupt(f"{where} was written by somebody else under our own random name")
+            # `gc` took us for dead and left "abandoned" there: once more, under another name.
+        raise StoreCorrupt(f"{_ATTEMPTS} fragments in a row were abandoned by `gc` while being written")
+
+    def _publish_spec(self, spec: FeatureSpec) -> None:
+        key = f"specs/{spec.id}.json"
+        if key in self._specs.items:
+            return
+        found = self.medium.create(key, spec.to_bytes())
+        self._specs.items[key] = _load_spec(key, found, str(self.path / key))
+        self._specs.problems.pop(key, None)
+
+    # -- takes
+
+    def publish_takes(self, dataset: str, takes: Sequence[Take], origin: Mapping[str, str]) -> bool:
+        """Lists what ``dataset`` holds at ``origin`` (host, root, layout), in place of earlier listings
+        of the same. Returns False, and writes nothing, where the current one says exactly this.
+        """
+        self.refresh()
+        takes = [replace(take, dataset=dataset) for take in takes]
+        earlier = [one for one in self.listings() if (one.dataset, one.origin) == (dataset, dict(origin))]
+        if len(earlier) == 1 and list(earlier[0].takes) == takes:
+            return False
+        header = {
+            "dataset": dataset,
+            "origin": dict(origin),
+            "replaces": [one.name for one in earlier],
+        }
+        self._publish_sheet("datasets", header, [take.to_json() for take in takes])
+        return True
+
+    def listings(self) -> list[Listing]:
+        """Live listings, the earliest first."""
+        return self._live_listings
+
+    def takes(self) -> list[Take]:
+        """Every take of every live listing that was not removed, once, in the order of the listings.
+
+        A take that stands in several listings has the label and attributes of the earliest.
+        """
+        if self._takes is None:
+            found: dict[str, Take] = {}
+            for listing in self._live_listings:
+                for take in listing.takes:
+                    found.setdefault(take.id, take)
+            hidden = self.removed
+            self._takes = [
+                take for name, take in found.items() if not ({name, take.clip.id, take.target} & hidden)
+            ]
+        return list(self._takes)
+
+    @property
+    def removed(self) -> frozenset[str]:
+        """Row and take ids that were taken out on purpose and are not to come back by themselves."""
+        return self._hidden
+
+    # -- failures
+
+    def publish_failures(self, failures: Sequence[Failure]) -> None:
+        """One durable sheet for the failures of a run; nothing is written for none."""
+        if not failures:
+            return
+        self._failures.refresh(self.medium, self.path)
+        attempts: dict[str, int] = {}
+        for one in self.failures():
+            attempts[one.key] = max(attempts.get(one.key, 0), one.attempt)
+        complete = []
+        for one in failures:
+            attempts[one.key] = one.attempt or attempts.get(one.key, 0) + 1
+            reason = " ".join(one.reason.split())
+            complete.append(replace(one, reason=reason, attempt=attempts[one.key], when=one.when or now()))
+        self._publish_sheet("failures", {}, [asdict(one) for one in complete])
+
+    def failures(self) -> list[Failure]:
+        """Every failure ever recorded, by time."""
+        found = [one for sheet in self._failures.items.values() for one in sheet]
+        return sorted(found, key=lambda one: (one.when, one.key, one.attempt))
+
+    def open_failures(self) -> list[Failure]:
+        """The last failure of each key and stage that nothing has succeeded after.
+
+        A failure while computing a feature is closed by a row of that clip in the same modality (and
+        spec, where it names one); any other by a later live listing that has the clip or the source.
+        """
+        last = {(one.key, one.stage, one.spec): one for one in self.failures()}
+        return [one for one in last.values() if not self._closed(one)]
+
+    def _closed(self, one: Failure) -> bool:
+        if one.key in self.removed:
+            return True
+        if one.stage not in MODALITIES:
+            return any(
+                one.key == take.clip.id or one.source == take.source
+                for listing in self._live_listings
+                if listing.created >= one.when
+                for take in listing.takes
+            )
+        rows = {one.key, *self._targets_of(one.key)} if one.stage == "target" else {one.key}
+        specs = [
+            name for name, spec in self.specs.items() if spec.modality == one.stage and one.spec in ("", name)
+        ]
+        return any(_is_row_id(row) and self.has(name, row) for name in specs for row in rows)
+
+    def _targets_of(self, clip_id: str) -> set[str]:
+        return {take.target for take in self.takes() if take.target and take.clip.id == clip_id}
+
+    # -- below
+
+    def _publish_sheet(
+        self, folder: str, header: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]
+    ) -> None:
+        key = f"{folder}/{uuid4().hex}.jsonl"
+        data = _sheet({"created": now(), "writer": writer(), **header}, lines)
+        if self.medium.create(key, data) != data:
+            raise StoreCorrupt(f"{self.path / key} was written by somebody else under our own random name")
+        self.refresh()
+
+    def _derive(self) -> None:
+        """Everything computed from the tables, dropped or redone."""
+        damaged = {_stem(key) for key in self._damaged.items}
+        records = (one for one in self._records.items.values() if one is not None)
+        self._live = [one for one in records if one.location not in damaged]
+        removals = {_stem(key): one for key, one in self._removals.items.items()}
+        cancelled = {name for one in removals.values() for name in one.cancels}
+        in_force = [one.hidden for name, one in removals.items() if name not in cancelled]
+        self._hidden: frozenset[str] = frozenset().union(*in_force)
+        replaced = {name for one in self._listings.items.values() for name in one.replaces}
+        alive = [one for one in self._listings.items.values() if one.name not in replaced]
+        self._live_listings = sorted(alive, key=Listing.order)
+        self._indexes: dict[str, _Index] = {}
+        self._takes: list[Take] | None = None
+
+    def _index(self, spec_id: str) -> _Index:
+        if spec_id not in self._indexes:
+            mine = [one for one in self._live if one.spec_id == spec_id]
+            self._indexes[spec_id] = _Index(mine, self._hidden)
+        return self._indexes[spec_id]
+
+    def _find(self, spec_id: str, row_id: str) -> tuple[Fragment, int]:
+        found = self._index(spec_id).find(row_id)
+        if found is None:
+            raise NotFound(
+                f"clip {row_id} has no {self._called(spec_id)} in {self.path}; run `pmm precompute`"
+            )
+        return found
+
+    def _called(self, spec_id: str) -> str:
+        spec = self.specs.get(spec_id)
+        return f"{spec.modality} ({spec.algorithm})" if spec else f"rows of spec {spec_id}"
+
+
+class _Index:
+    """Where each row id of one spec is served: ids sorted, 40 bytes a row."""
+
+    def __init__(self, live: Iterable[Fragment], hidden: frozenset[str]):
+        self._fragments = sorted(live, key=lambda one: (one.id, one.location))
+        counts = [len(one.lengths) for one in self._fragments]
+        ids = fragments.sortable(b"".join(one.ids for one in self._fragments))
+        order = np.argsort(ids, kind="stable")  # of equal ids, that of the lowest fragment comes first
+        if len(ids):
+            first = np.concatenate([[True], ids[order][1:] != ids[order][:-1]])
+            gone = fragments.sortable(b"".join(bytes.fromhex(name) for name in hidden if _is_row_id(name)))
+            order = order[first & ~np.isin(ids[order], gone)]
+        self._ids = ids[order]
+        self._fragment = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[order]
+        self._position = np.concatenate([np.arange(n, dtype=np.int32) for n in counts] or [[]])[order]
+
+    def row_ids(self) -> list[str]:
+        return fragments.hexes(self._ids.tobytes())
+
+    def find(self, row_id: str) -> tuple[Fragment, int] | None:
+        if not _is_row_id(row_id):
+            raise BadInput(f"{row_id!r} is no row id; 64 hexadecimal digits were expected")
+        key = fragments.sortable(bytes.fromhex(row_id))
+        at = int(np.searchsorted(self._ids, key)[0])
+        if at == len(self._ids) or self._ids[at] != key[0]:
+            return None
+        return self._fragments[self._fragment[at]], int(self._position[at])
+
+
+class _Table(Generic[T]):
+    """One folder of create-once files, each read once."""
+
+    def __init__(self, folder: str, ending: str, limit: int, load: Callable[[str, bytes, str], T]):
+        self.items: dict[str, T] = {}
+        self.problems: dict[str, str] = {}
+        self._folder, self._ending, self._limit, self._load = folder, ending, limit, load
+
+    def refresh(self, medium: Medium, path: Path) -> bool:
+        """Whether anything appeared or vanished."""
+        found = {one.key: one.size for one in medium.list(self._folder) if one.key.endswith(self._ending)}
+        known = self.items.keys() | self.problems.keys()
+        for key in known - found.keys():
+            self.items.pop(key, None)
+            self.problems.pop(key, None)
+        new = sorted(found.keys() - known)
+        for key in new:
+            try:
+                self._read(medium, key, found[key], path)
+            except PmmError as error:
+                self.problems[key] = str(error)
+        return bool(new or known - found.keys())
+
+    def _read(self, medium: Medium, key: str, size: int, path: Path) -> None:
+        if size > self._limit > 0:
+            raise StoreCorrupt(f"{path / key} has {size} bytes; no more than {self._limit} are read")
+        data = medium.read(key, 0, size) if self._limit else b""
+        self.items[key] = self._load(key, data, str(path / key))
+
+
+def now() -> str:
+    """ISO 8601 in UTC, for people to read; nothing is decided by it but order in lists."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def writer() -> dict[str, Any]:
+    """Who writes: for people to read."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's uid without a name
+        user = str(os.getuid())
+    return {"host": socket.gethostname(), "user": user, "pid": os.getpid(), "pmm": pmm.__version__}
+
+
+def _stem(key: str) -> str:
+    return key.rpartition("/")[2].partition(".")[0]
+
+
+def _is_row_id(text: str) -> bool:
+    return fragments.HEX64.fullmatch(text) is not None
+
+
+def _is_store(path: Path) -> bool:
+    return (path / MARK).is_file()
+
+
+def _foreign_names(path: Path) -> str:
+    """A few of the names in ``path``; hidden ones and what a killed ``create`` leaves do not count."""
+    if not path.is_dir():
+        return ""
+    names = sorted(name for name in os.listdir(path) if not name.startswith(".") and name != "tmp")
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _read_mark(path: Path, medium: Medium) -> Mapping[str, Any]:
+    where = str(path / MARK)
+    data = medium.read(MARK, 0, _SMALL_BYTES)
+    value = strict_json(data, where)
+    try:
+        refuse_newer(value if isinstance(value, dict) else {}, where)
+    except pmm.NewerFormat:
+        raise
+    except ValueError as error:
+        raise BadInput(f"{where} is not that of a store ({error})") from None
+    return unsealed(data, where)
+
+
+def _plain_json(value: Mapping[str, Any], what: str) -> dict[str, Any]:
+    try:
+        sealed(value)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{what} is not JSON ({error})") from None
+    return dict(value)
+
+
+# -- what each kind of file holds
+
+
+def _load_spec(key: str, data: bytes, where: str) -> FeatureSpec:
+    spec = FeatureSpec.from_bytes(data, where)
+    if spec.id != _stem(key):
+        raise StoreCorrupt(
+            f"{where} was changed: its contents do not give its name; `pmm precompute` needs it whole"
+        )
+    return spec
+
+
+def _load_record(key: str, data: bytes, where: str) -> Fragment | None:
+    names = key.split("/")
+    if len(names) != 3:
+        raise StoreCorrupt(f"{where} lies where no record does; a record is records/<spec>/<uuid>.json")
+    return Fragment.from_bytes(data, names[1], _stem(key), where)
+
+
+def _sheet(header: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> bytes:
+    """A header that seals itself and the lines below it."""
+    body = b"".join(json_line(one) for one in lines)
+    counted = {"format": FORMAT, "lines": body.count(b"\n"), "body": hashlib.sha256(body).hexdigest()}
+    return sealed({**header, **counted}) + body
+
+
+def _unsheet(data: bytes, where: str) -> tuple[dict[str, Any], list[Any]]:
+    head, newline, body = data.partition(b"\n")
+    header = unsealed(head + newline, where)
+    try:
+        refuse_newer(header, where)
+    except pmm.NewerFormat:
+        raise
+    except ValueError as error:
+        raise StoreCorrupt(f"{where}: {error}") from None
+    if hashlib.sha256(body).hexdigest() != header.get("body"):
+        raise StoreCorrupt(f"{where} is not as it was written: its lines do not match their sha256")
+    return header, [strict_json(one, where) for one in body.splitlines()]
+
+
+def _load_listing(key: str, data: bytes, where: str) -> Listing:
+    header, lines = _unsheet(data, where)
+    try:
+        origin = {str(name): str(text) for name, text in header["origin"].items()}
+        people = (str(header["dataset"]), origin, str(header["created"]), tuple(header["replaces"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StoreCorrupt(f"{where} is no listing of takes ({error})") from None
+    return Listing(_stem(key), *people, tuple(Take.from_json(one, where) for one in lines))
+
+
+def _load_failures(key: str, data: bytes, where: str) -> tuple[Failure, ...]:
+    _, lines = _unsheet(data, where)
+    names = Failure.__dataclass_fields__
+    try:
+        return tuple(Failure(**{name: one[name] for name in one if name in names}) for one in lines)
+    except (TypeError, KeyError) as error:
+        raise StoreCorrupt(f"{where} is no list of failures ({error})") from None
+
+
+def _load_removal(key: str, data: bytes, where: str) -> Removal:
+    value = unsealed(data, where)
+    hidden = [*value.get("rows", []), *value.get("takes", [])]
+    return Removal(frozenset(map(str, hidden)), tuple(value.get("cancels", [])))

@@ -1,0 +1,273 @@
+"""The one layer every byte of a store passes: seven verbs, here for a local disk.
+
+Keys are paths within the store with ``/`` between names. Nothing here knows what a fragment or a
+record is, and nothing above here opens a file: another medium (an object store) or injected faults
+need no change elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import re
+import stat
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+from uuid import uuid4
+
+from pmm import BadInput, NotFound, PmmError, StoreCorrupt
+
+Buffer = bytes | memoryview
+_KEY_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
+_DRAFTS = "tmp"
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # no links, no waiting on a pipe
+
+
+class MediumError(PmmError, OSError):
+    """The disk refused: full, read-only, not permitted, or broken."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One object: its key and its size in bytes."""
+
+    key: str
+    size: int
+
+
+class Medium(Protocol):
+    """Where a store lies."""
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        """Every object below ``prefix``, in no order. Foreign names, links and drafts are not shown."""
+
+    def read(self, key: str, start: int, length: int) -> bytes:
+        """At most ``length`` bytes from ``start``. Raises NotFound."""
+
+    def map(self, key: str, size: int) -> mmap.mmap:
+        """The whole object, mapped to be read. Raises StoreCorrupt unless it has ``size`` bytes."""
+
+    def write(self, key: str, blocks: Iterable[Buffer]) -> None:
+        """A new object, on the disk when this returns. Only for names that nobody else may choose."""
+
+    def sync(self, prefix: str) -> None:
+        """Every folder at, below and above ``prefix`` is on the disk when this returns."""
+
+    def create(self, key: str, data: bytes) -> bytes:
+        """The create-once verb: returns what ``key`` holds now, ``data`` or what stood there before.
+
+        Afterwards the whole of it is durable; at no instant can a part of it be seen. A lost reply
+        to our own success looks like a name already taken, so the caller compares the bytes.
+        """
+
+    def delete(self, key: str) -> None:
+        """Removes one object; it is no error if it is gone already."""
+
+
+def check_key(key: str) -> str:
+    """``key`` if it can only lie within the store. Raises BadInput."""
+    if not all(_KEY_NAME.fullmatch(name) for name in key.split("/")):
+        raise BadInput(f"{key!r} is no name within a store: only a-z 0-9 . _ - and / between names")
+    return key
+
+
+def _nothing(operation: str, key: str) -> None:
+    """What happens before an operation on the disk, unless a test asks for more."""
+
+
+class LocalMedium:
+    """A folder on a POSIX disk.
+
+    New folders take the mode of the root with its setgid bit, objects its read bits: what the
+    umask of one writer would hide stays open to the team. ``before`` is called with the name of each
+    operation and its key before the disk is touched; recording and faults go there.
+    """
+
+    def __init__(self, root: Path, before: Callable[[str, str], None] = _nothing):
+        self.root = Path(os.path.realpath(root))
+        self._before = before
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        try:
+            found = list(os.scandir(self._inside(prefix)))
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise self._refused("list", prefix, error) from None
+        for entry in found:
+            key = f"{prefix}/{entry.name}"
+            if not _KEY_NAME.fullmatch(entry.name):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from self.list(key)
+            elif entry.is_file(follow_symlinks=False):
+                with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
+                    yield Entry(key, entry.stat(follow_symlinks=False).st_size)
+
+    def read(self, key: str, start: int, length: int) -> bytes:
+        with self._opened(key) as fd:
+            return _pread(fd, start, length)
+
+    def map(self, key: str, size: int) -> mmap.mmap:
+        with self._opened(key) as fd:
+            found = os.fstat(fd).st_size
+            if found != size:
+                raise StoreCorrupt(f"{self.root / key} has {found} bytes, its record says {size}")
+            return mmap.mmap(fd, size, access=mmap.ACCESS_READ)
+
+    def write(self, key: str, blocks: Iterable[Buffer]) -> None:
+        path = self._inside(key)
+        self._folder(path.parent)
+        self._before("open", key)
+        with self._told("write", key):
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                for block in blocks:
+                    self._before("write", key)
+                    _write_all(fd, block)
+                with contextlib.suppress(PermissionError):  # disks without modes
+                    os.fchmod(fd, self._mode() & 0o444)
+                self._before("fsync", key)
+                _fsync(fd)
+            finally:
+                os.close(fd)
+
+    def sync(self, prefix: str) -> None:
+        top = self._inside(prefix)
+        with self._told("sync", prefix):
+            for folder, _, _ in os.walk(top, topdown=False):
+                self._sync_folder(Path(folder))
+        self._sync_above(top)
+
+    def create(self, key: str, data: bytes) -> bytes:
+        final = self._inside(key)
+        self._folder(final.parent)
+        draft = f"{_DRAFTS}/{uuid4().hex}"
+        self.write(draft, [data])
+        self._before("link", key)
+        with self._told("create", key):
+            try:
+                os.link(self.root / draft, final)
+            except FileExistsError:
+                data = self.read(key, 0, 1 << 40)
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+                    raise
+                raise MediumError(
+                    f"{self.root} is on a disk without hard links, on which no record can be created "
+                    "safely; put the store on another disk"
+                ) from None
+            finally:
+                with contextlib.suppress(OSError):  # a draft left behind is only litter
+                    os.unlink(self.root / draft)
+        self._sync_above(final)
+        return data
+
+    def delete(self, key: str) -> None:
+        self._before("delete", key)
+        with self._told("delete", key), contextlib.suppress(FileNotFoundError):
+            os.unlink(self._inside(key))
+
+    # -- below the verbs
+
+    def _inside(self, key: str) -> Path:
+        """The path of ``key``. Raises StoreCorrupt if a link on the way leads elsewhere."""
+        path = self.root / check_key(key)
+        if os.path.realpath(path.parent) != str(path.parent):
+            raise StoreCorrupt(f"{path} lies behind a symbolic link; a store holds none, remove the link")
+        return path
+
+    def _mode(self) -> int:
+        return stat.S_IMODE(os.stat(self.root).st_mode)
+
+    def _folder(self, path: Path) -> None:
+        """Makes ``path`` and its parents. Each is moved into place once its mode is right, so that a
+        kill in between locks nobody out."""
+        if path == self.root or path.is_dir():
+            return
+        self._folder(path.parent)
+        key = str(path.relative_to(self.root))
+        draft = path.parent / f".{uuid4().hex}"
+        self._before("mkdir", key)
+        with self._told("make a folder at", key):
+            os.mkdir(draft)
+            try:
+                with contextlib.suppress(PermissionError):
+                    os.chmod(draft, self._mode())
+                os.rename(draft, path)
+            except OSError as error:
+                os.rmdir(draft)
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # these: another writer was first
+                    raise
+
+    def _sync_folder(self, path: Path) -> None:
+        self._before("fsync", str(path.relative_to(self.root)))
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _fsync(fd)
+        finally:
+            os.close(fd)
+
+    def _sync_above(self, path: Path) -> None:
+        with self._told("sync", str(path.relative_to(self.root))):
+            while path != self.root:
+                path = path.parent
+                self._sync_folder(path)
+
+    @contextlib.contextmanager
+    def _opened(self, key: str) -> Iterator[int]:
+        path = self._inside(key)
+        with self._told("read", key):
+            fd = os.open(path, _READ)
+            try:
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    raise StoreCorrupt(f"{path} is not a regular file")
+                yield fd
+            finally:
+                os.close(fd)
+
+    @contextlib.contextmanager
+    def _told(self, doing: str, key: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._refused(doing, key, error) from None
+
+    def _refused(self, doing: str, key: str, error: OSError) -> PmmError:
+        if isinstance(error, PmmError):
+            return error
+        if isinstance(error, FileNotFoundError):
+            return NotFound(f"{self.root / key} is not there")
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        refused = MediumError(f"cannot {doing} {self.root / key}: {reason}")
+        refused.errno = error.errno
+        return refused
+
+
+def _fsync(fd: int) -> None:
+    if sys.platform == "darwin":  # where fsync alone stops at the drive's cache
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(fd)
+
+
+def _write_all(fd: int, block: Buffer) -> None:
+    view = memoryview(block).cast("B")
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _pread(fd: int, start: int, length: int) -> bytes:
+    """A read may come short before the end (signals, network disks): ask until nothing more comes."""
+    length = max(0, min(length, os.fstat(fd).st_size - start))
+    parts = []
+    while length and (part := os.pread(fd, length, start)):
+        parts.append(part)
+        start, length = start + len(part), length - len(part)
+    return b"".join(parts)

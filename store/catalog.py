@@ -91,6 +91,12 @@ class Store:
     as if absent, so that one damaged record neither hides the rest nor stops `pmm store verify`.
     """
 
+    _live: list[Fragment]
+    _hidden: frozenset[str]
+    _live_listings: list[Listing]
+    _indexes: dict[str, _Index]
+    _takes: list[Take] | None
+
     def __init__(self, path: Path, medium: Medium):
         self.path = path
         self.medium = medium
@@ -102,6 +108,7 @@ class Store:
         self._removals = _Table("removed", ".json", _SMALL_BYTES, _load_removal)
         self._damaged = _Table("damaged", ".json", 0, lambda key, data, where: None)
         self._readers: dict[str, Reader] = {}
+        self._derive()
         self.refresh()
 
     # -- opening
@@ -359,12 +366,12 @@ class Store:
         removals = {_stem(key): one for key, one in self._removals.items.items()}
         cancelled = {name for one in removals.values() for name in one.cancels}
         in_force = [one.hidden for name, one in removals.items() if name not in cancelled]
-        self._hidden: frozenset[str] = frozenset().union(*in_force)
+        self._hidden = frozenset().union(*in_force)
         replaced = {name for one in self._listings.items.values() for name in one.replaces}
         alive = [one for one in self._listings.items.values() if one.name not in replaced]
         self._live_listings = sorted(alive, key=Listing.order)
-        self._indexes: dict[str, _Index] = {}
-        self._takes: list[Take] | None = None
+        self._indexes = {}
+        self._takes = None
 
     def _index(self, spec_id: str) -> _Index:
         if spec_id not in self._indexes:
@@ -399,7 +406,9 @@ class _Index:
             order = order[first & ~np.isin(ids[order], gone)]
         self._ids = ids[order]
         self._fragment = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[order]
-        self._position = np.concatenate([np.arange(n, dtype=np.int32) for n in counts] or [[]])[order]
+        self._position = np.concatenate(
+            [np.zeros(0, np.int32), *(np.arange(n, dtype=np.int32) for n in counts)]
+        )[order]
 
     def row_ids(self) -> list[str]:
         return fragments.hexes(self._ids.tobytes())

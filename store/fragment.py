@@ -28,6 +28,8 @@ from pmm.store.digest import digest, sealed, strict_json, unsealed
 from pmm.store.feature import DTYPES, FeatureSpec
 from pmm.store.medium import Buffer, Medium
 
+Blob = bytes  # Fragment has a property of that name
+
 FORMAT = 1
 """Major version of everything in a store; readers refuse a greater one."""
 
@@ -92,7 +94,7 @@ class Fragment:
         """Size of all objects."""
         return sum(one.size for one in self.objects)
 
-    def to_bytes(self) -> bytes:
+    def to_bytes(self) -> Blob:
         """The record."""
         return sealed(
             {
@@ -110,7 +112,7 @@ class Fragment:
         )
 
     @classmethod
-    def from_bytes(cls, data: bytes, spec_id: str, location: str, where: str) -> Fragment | None:
+    def from_bytes(cls, data: Blob, spec_id: str, location: str, where: str) -> Fragment | None:
         """The fragment a record makes known; None where the record says it was abandoned.
 
         Raises StoreCorrupt if the record is not one, or names anything outside its own folder.
@@ -254,7 +256,7 @@ def _stored(dtype: str) -> np.dtype[Any]:
 
 
 def _raw(array: np.ndarray) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _chunk_rows(total_rows: int, row_bytes: int, chunk_bytes: int) -> int:

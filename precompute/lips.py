@@ -1,0 +1,239 @@
+"""Wav2Lip: speech and one still face to lip frames.
+
+Our own writing of the network of "A Lip Sync Expert Is All You Need" (Prajwal et al. 2020) under
+its published tensor names, so that the published checkpoints load key for key. The width is a
+parameter: the published network has 16 channels in its first block; every other count is a
+multiple of that.
+
+Shapes: N frames, C channels; the network works on (N, C, y, x) and BGR in 0..1, this module's
+callers on uint8 RGB.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from pmm import BadInput
+from pmm.precompute import mel as mels
+from pmm.precompute.weights import Tensors, fit, read_tensors, refuse_unexpected
+from pmm.store import clock
+
+ALGORITHM = "wav2lip-frames/1"
+FACE_SIZE = 96
+WINDOW_COLUMNS = 16
+PUBLISHED_BASE = 16
+_FIRST_WEIGHT = "face_encoder_blocks.0.0.conv_block.0.weight"
+
+
+class Conv(nn.Module):
+    """(Transposed) convolution, BatchNorm, the input again if ``residual``, ReLU."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        stride: int | tuple[int, int] = 1,
+        padding: int = 0,
+        residual: bool = False,
+        transposed: bool = False,
+    ):
+        super().__init__()
+        layer: nn.Module
+        if transposed:
+            grown = 0 if stride == 1 else 1
+            layer = nn.ConvTranspose2d(inputs, outputs, kernel, stride, padding, output_padding=grown)
+        else:
+            layer = nn.Conv2d(inputs, outputs, kernel, stride, padding)
+        self.conv_block = nn.Sequential(layer, nn.BatchNorm2d(outputs))
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv_block(x)
+        return torch.relu_(y.add_(x) if self.residual else y)
+
+
+def _down(
+    inputs: int, outputs: int, residuals: int, kernel: int = 3, stride: int | tuple[int, int] = 2
+) -> list[Conv]:
+    first = Conv(inputs, outputs, kernel, stride, kernel // 2)
+    return [first, *(Conv(outputs, outputs, 3, 1, 1, residual=True) for _ in range(residuals))]
+
+
+def _up(inputs: int, outputs: int, residuals: int, stride: int = 2) -> nn.Sequential:
+    first = Conv(inputs, outputs, 3, stride, 0 if stride == 1 else 1, transposed=True)
+    return nn.Sequential(first, *(Conv(outputs, outputs, 3, 1, 1, residual=True) for _ in range(residuals)))
+
+
+class Wav2Lip(nn.Module):
+    """The published network at ``base`` channels in its first block (16 published, 2 in ``tiny``)."""
+
+    def __init__(self, base: int = PUBLISHED_BASE):
+        super().__init__()
+        b = base
+        self.face_encoder_blocks = nn.ModuleList(
+            nn.Sequential(*block)
+            for block in (
+                _down(6, b, 0, kernel=7, stride=1),  # 96
+                _down(b, 2 * b, 2),  # 48
+                _down(2 * b, 4 * b, 3),  # 24
+                _down(4 * b, 8 * b, 2),  # 12
+                _down(8 * b, 16 * b, 2),  # 6
+                _down(16 * b, 32 * b, 1),  # 3
+                [Conv(32 * b, 32 * b, 3), Conv(32 * b, 32 * b, 1)],  # 1
+            )
+        )
+        self.audio_encoder = nn.Sequential(
+            *_down(1, 2 * b, 2, stride=1),  # 80 mels, 16 columns
+            *_down(2 * b, 4 * b, 2, stride=(3, 1)),  # 27, 16
+            *_down(4 * b, 8 * b, 2, stride=3),  # 9, 6
+            *_down(8 * b, 16 * b, 1, stride=(3, 2)),  # 3, 3
+            Conv(16 * b, 32 * b, 3),  # 1
+            Conv(32 * b, 32 * b, 1),
+        )
+        self.face_decoder_blocks = nn.ModuleList(
+            (
+                nn.Sequential(Conv(32 * b, 32 * b, 1)),  # 1
+                _up(64 * b, 32 * b, 1, stride=1),  # 3
+                _up(64 * b, 32 * b, 2),  # 6
+                _up(48 * b, 24 * b, 2),  # 12
+                _up(32 * b, 16 * b, 2),  # 24
+                _up(20 * b, 8 * b, 2),  # 48
+                _up(10 * b, 4 * b, 2),  # 96
+            )
+        )
+        self.output_block = nn.Sequential(Conv(5 * b, 2 * b, 3, 1, 1), nn.Conv2d(2 * b, 3, 1), nn.Sigmoid())
+
+    def encode_face(self, face: Tensor) -> list[Tensor]:
+        """What the decoder reads of a face (1, 6, 96, 96), coarsest first: (1, C, y, x) each."""
+        features = []
+        for block in self.face_encoder_blocks:
+            face = block(face)
+            features.append(face)
+        return features[::-1]
+
+    def decode(self, windows: Tensor, face_features: list[Tensor]) -> Tensor:
+        """Mel windows (N, 1, 80, 16) and ``encode_face``'s output to BGR in 0..1: (N, 3, 96, 96)."""
+        x = self.audio_encoder(windows)
+        for block, feature in zip(self.face_decoder_blocks, face_features):
+            x = torch.cat([block(x), feature.expand(len(x), -1, -1, -1)], dim=1)
+        image: Tensor = self.output_block(x)
+        return image
+
+    def forward(self, windows: Tensor, face: Tensor) -> Tensor:
+        return self.decode(windows, self.encode_face(face))
+
+
+def face_input(face: np.ndarray) -> Tensor:
+    """An RGB face (96, 96, 3) uint8 as the network takes it: (1, 6, 96, 96), BGR, lower half hidden first."""
+    bgr = np.ascontiguousarray(face[:, :, ::-1]).astype(np.float32) / 255
+    hidden = bgr.copy()
+    hidden[FACE_SIZE // 2 :] = 0
+    return torch.from_numpy(np.concatenate([hidden, bgr], axis=2)).permute(2, 0, 1)[None]
+
+
+def mel_windows(wave: np.ndarray, frame_count: int, fps: int) -> np.ndarray:
+    """Each video frame's 16 mel columns of a 16 kHz ``wave`` (n,): (T, 80, 16) float32.
+
+    Exactly ``frame_count`` of them (see ``clock.mel_window_starts``); a wave shorter than 16 columns
+    is followed by silence.
+    """
+    short = clock.mel_samples(WINDOW_COLUMNS) - len(wave)
+    if short > 0:
+        wave = np.pad(wave, (0, short))
+    columns = mels.mel_spectrogram(wave)
+    starts = clock.mel_window_starts(frame_count, columns.shape[1], fps, WINDOW_COLUMNS)
+    views = np.lib.stride_tricks.sliding_window_view(columns, WINDOW_COLUMNS, axis=1)
+    return np.ascontiguousarray(views.transpose(1, 0, 2)[starts])
+
+
+def read_checkpoint(path: Path) -> Tensors:
+    """The tensors of a Wav2Lip checkpoint: an official ``.pth`` or a ``.safetensors`` of the same names."""
+    tensors = read_tensors(path)
+    network_for(tensors, str(path))
+    return tensors
+
+
+def network_for(tensors: Tensors, where: str) -> Wav2Lip:
+    """The network these tensors are the weights of, its width read from their shapes, in eval mode.
+
+    Raises BadInput that names tensors missing, misshapen or left over.
+    """
+    first = tensors.get(_FIRST_WEIGHT)
+    if first is None or first.ndim != 4:
+        raise BadInput(f"{where} lacks {_FIRST_WEIGHT}; it is no Wav2Lip generator")
+    with torch.device("meta"):
+        network = Wav2Lip(base=first.shape[0])
+    expected = network.state_dict()
+    refuse_unexpected(expected, tensors, where)
+    weights = fit(expected, tensors, where)
+    network.load_state_dict({k: _float32(v) for k, v in weights.items()}, assign=True)
+    return network.requires_grad_(False).eval()
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def folded(network: Wav2Lip) -> Wav2Lip:
+    """The same function with each BatchNorm multiplied into its convolution (exact but for rounding)."""
+    network = copy.deepcopy(network)
+    for block in network.modules():
+        if isinstance(block, Conv):
+            layer: Any = block.conv_block[0]
+            norm: Any = block.conv_block[1]
+            transposed = isinstance(layer, nn.ConvTranspose2d)
+            block.conv_block = nn.Sequential(fuse_conv_bn_eval(layer, norm, transpose=transposed))
+    return network
+
+
+class LipGenerator:
+    """Lip frames of one face.
+
+    A clip's frames run in micro-batches of one fixed size, the last one filled up, so that the bits
+    of a frame do not depend on what else was asked for. The face is still, so it is encoded once.
+    """
+
+    def __init__(
+        self,
+        network: Wav2Lip,
+        face: np.ndarray,
+        fps: int,
+        device: torch.device,
+        autocast: torch.dtype | None = None,
+    ):
+        self.fps = fps
+        self.device, self.autocast = device, autocast
+        self.micro_batch = 32 if device.type == "cpu" else 64
+        self.network = folded(network).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        with torch.inference_mode(), self._precision():
+            self.face_features = self.network.encode_face(face_input(face).to(device))
+
+    def frames(self, wave: np.ndarray, frame_count: int) -> np.ndarray:
+        """Lip frames of a 16 kHz ``wave`` (n,): (T, 96, 96, 3) uint8 RGB, ``round(255 x)`` half to even."""
+        result = np.empty((frame_count, FACE_SIZE, FACE_SIZE, 3), np.uint8)
+        windows = mel_windows(wave, frame_count, self.fps)
+        for start, count, batch in self._micro_batches(windows):
+            with torch.inference_mode(), self._precision():
+                image = self.network.decode(batch.to(self.device), self.face_features)
+                pixels = (image.float() * 255).round_().to(torch.uint8).flip(1).permute(0, 2, 3, 1)
+            result[start : start + count] = pixels[:count].cpu().numpy()
+        return result
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+
+    def _micro_batches(self, windows: np.ndarray) -> Iterator[tuple[int, int, Tensor]]:
+        for start in range(0, len(windows), self.micro_batch):
+            batch = windows[start : start + self.micro_batch]
+            missing = self.micro_batch - len(batch)
+            filled = np.pad(batch, ((0, missing), (0, 0), (0, 0)))
+            yield start, len(batch), torch.from_numpy(filled)[:, None]

@@ -1,0 +1,437 @@
+"""wav2vec2: speech to hidden states and CTC logits, both from one forward where one model gives both.
+
+A checkpoint is a Hugging Face id or a folder with ``config.json``, ``preprocessor_config.json``,
+``vocab.json`` (CTC models) and ``model.safetensors`` or ``pytorch_model.bin``. We read the files
+ourselves, so that pickles run no code and the weights' name does not depend on the file format.
+
+Shapes: B clips, S steps of 20 ms (``clock.steps`` of the clip's samples), D features, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pmm import BadInput, NotFound, PmmError
+from pmm.precompute.weights import Tensors, canonical, fit, one_line, read_tensors, weights_digest
+from pmm.store import clock
+from pmm.store.digest import strict_json
+
+HIDDEN_ALGORITHM = "wav2vec2-hidden/1"
+LOGITS_ALGORITHM = "wav2vec2-logits/1"
+
+CHUNK_KEPT_STEPS = 1300
+"""Steps kept of each chunk of a long clip (26 s); with the overlap on both sides it runs 30 s."""
+
+CHUNK_OVERLAP_STEPS = 100
+"""Steps computed and discarded on either side of a chunk (2 s)."""
+
+CHUNK_ABOVE_STEPS = CHUNK_KEPT_STEPS + 2 * CHUNK_OVERLAP_STEPS
+
+# Configuration that decides values, with wav2vec2's published defaults: a saved config.json omits
+# or spells out defaults depending on the library version, and that must not rename the weights.
+_CONFIG_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "feat_extract_norm": "group",
+    "feat_extract_activation": "gelu",
+    "conv_dim": [512] * 7,
+    "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+    "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
+    "conv_bias": False,
+    "num_conv_pos_embeddings": 128,
+    "num_conv_pos_embedding_groups": 16,
+    "do_stable_layer_norm": False,
+    "adapter_attn_dim": None,
+}
+_PROCESSOR_DEFAULTS = {"do_normalize": True, "sampling_rate": clock.SPEECH_RATE, "feature_size": 1}
+_UNUSED_TENSORS = ("wav2vec2.masked_spec_embed",)  # only training masks anything
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A wav2vec2 checkpoint as read: ``origin`` says from where, for people."""
+
+    origin: str
+    config: dict[str, Any]
+    processor: dict[str, Any]
+    vocabulary: dict[str, int] | None
+    tensors: Tensors
+
+    @cached_property
+    def architecture(self) -> dict[str, Any]:
+        """The configuration that decides values, defaults filled in."""
+        return {key: self.config.get(key, default) for key, default in _CONFIG_DEFAULTS.items()}
+
+    @cached_property
+    def digest(self) -> str:
+        """The weights' name: tensors, configuration, vocabulary and processor."""
+        processor = {key: self.processor.get(key, value) for key, value in _PROCESSOR_DEFAULTS.items()}
+        settings = {"config": self.architecture, "processor": processor, "vocabulary": self.vocabulary}
+        return weights_digest(self.tensors, _spelt(settings))
+
+    @property
+    def do_normalize(self) -> bool:
+        return bool(self.processor.get("do_normalize", True))
+
+    @property
+    def has_logits(self) -> bool:
+        return "lm_head.weight" in self.tensors
+
+
+def _spelt(value: Any) -> Any:
+    """JSON with its floats as strings: canonical JSON holds none."""
+    if isinstance(value, dict):
+        return {key: _spelt(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spelt(item) for item in value]
+    return repr(value) if isinstance(value, float) else value
+
+
+# --- reading a checkpoint ---------------------------------------------------------------------------------
+
+
+def read_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
+    """The wav2vec2 checkpoint in the folder ``name``, or of that Hugging Face id at ``revision``.
+
+    Raises NotFound when it cannot be had (the message says how to bring it), BadInput when it is
+    not a wav2vec2 model for 16 kHz mono with one vector each 20 ms.
+    """
+    folder = Path(name)
+    files = _Folder(folder, name) if folder.is_dir() else _Folder(_downloaded(name, revision), name)
+    config = _read_object(files.required("config.json"))
+    processor = _read_processor(files)
+    vocabulary = files.optional("vocab.json")
+    _check_kind(config, processor, name)
+    return Checkpoint(
+        origin=files.origin,
+        config=config,
+        processor=processor,
+        vocabulary=None if vocabulary is None else _read_object(vocabulary),
+        tensors=_prefixed(_read_weights(files)),
+    )
+
+
+class _Folder:
+    """The files of a checkpoint in a folder."""
+
+    def __init__(self, folder: Path, origin: str):
+        self.folder, self.origin = folder, origin
+
+    def optional(self, file: str) -> Path | None:
+        path = self.folder / file
+        return path if path.is_file() else None
+
+    def required(self, file: str) -> Path:
+        path = self.optional(file)
+        if path is None:
+            raise NotFound(f"{self.origin} has no {file}; expected the files of a Hugging Face checkpoint")
+        return path
+
+
+def _downloaded(name: str, revision: str | None) -> Path:
+    """The local snapshot of a Hugging Face id, fetched if need be; safetensors where there are any."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    shown = name if revision is None else f"{name} at {revision}"
+    bring = "download it where there is network access and give its folder"
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise NotFound(f"no folder {name}, and it is no Hugging Face id (owner/name) either")
+    try:
+        for weights in ("model*.safetensors", "pytorch_model*.bin"):
+            patterns = ["*config.json", "vocab.json", weights, f"{weights}.index.json"]
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+            if any(folder.glob(weights)):
+                break
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
+        raise NotFound(
+            f"the Hugging Face hub shows no model {shown} (misspelt, private or gated?); "
+            f"check the id and revision, log in with `hf auth login`, or {bring}"
+        ) from None
+    except OSError as error:  # every other failure of the hub's client, offline included
+        raise NotFound(f"cannot get {shown} from the Hugging Face hub ({one_line(error)}); {bring}") from None
+    return folder
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    value = strict_json(path.read_bytes(), str(path))
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def _read_processor(files: _Folder) -> dict[str, Any]:
+    """The feature extractor's settings; newer checkpoints keep them inside processor_config.json."""
+    combined = files.optional("processor_config.json")
+    if combined is not None:
+        inner = _read_object(combined).get("feature_extractor")
+        if isinstance(inner, dict):
+            return inner
+    return _read_object(files.required("preprocessor_config.json"))
+
+
+def _check_kind(config: dict[str, Any], processor: dict[str, Any], name: str) -> None:
+    if config.get("model_type") != "wav2vec2":
+        raise BadInput(f"{name} is a {config.get('model_type')!r} model, expected wav2vec2")
+    kernels = config.get("conv_kernel", _CONFIG_DEFAULTS["conv_kernel"])
+    strides = config.get("conv_stride", _CONFIG_DEFAULTS["conv_stride"])
+    hop, seen = 1, 1
+    for kernel, stride in zip(kernels, strides):
+        seen += (kernel - 1) * hop
+        hop *= stride
+    if (hop, seen) != (clock.STEP_SAMPLES, clock.STEP_RECEPTIVE_SAMPLES) or config.get("add_adapter"):
+        raise BadInput(
+            f"{name} does not make one vector each 320 samples from 400; other time bases do not fit"
+        )
+    rate = processor.get("sampling_rate", clock.SPEECH_RATE)
+    if rate != clock.SPEECH_RATE:
+        raise BadInput(f"{name} wants audio at {rate} Hz, expected {clock.SPEECH_RATE}")
+
+
+def _read_weights(files: _Folder) -> Tensors:
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        path = files.optional(whole)
+        if path is not None:
+            return read_tensors(path)
+        index = files.optional(f"{whole}.index.json")
+        if index is not None:
+            return _read_shards(files, index)
+    raise NotFound(f"{files.origin} has neither model.safetensors nor pytorch_model.bin")
+
+
+def _read_shards(files: _Folder, index: Path) -> Tensors:
+    shards = _read_object(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(Path(str(s)).name == s for s in shards.values()):
+        raise BadInput(f"{index} has no weight_map of tensor names to file names")
+    tensors: Tensors = {}
+    for shard in sorted(set(shards.values())):
+        tensors |= read_tensors(files.required(shard))
+    return tensors
+
+
+def _prefixed(tensors: Tensors) -> Tensors:
+    """Tensors saved from the bare model get the prefix they carry in every other checkpoint."""
+    if any(name.startswith("wav2vec2.") for name in tensors):
+        return tensors
+    return canonical({f"wav2vec2.{name}": tensor for name, tensor in tensors.items()}, "")
+
+
+def parse_layer(layer: int | None, checkpoint: Checkpoint) -> int | None:
+    """Check a layer number against the checkpoint. Raises BadInput with the legal range."""
+    count = checkpoint.architecture["num_hidden_layers"]
+    if layer is not None and not 1 <= layer <= count:
+        raise BadInput(
+            f"audio_layer {layer}: {checkpoint.origin} has layers 1 to {count}, or none for the last"
+        )
+    return layer
+
+
+# --- the model --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Span:
+    """One forward's worth of a clip: samples [start, end) in, steps [first, last) of the clip kept."""
+
+    clip: int
+    start: int
+    end: int
+    first: int
+    last: int
+
+    @property
+    def samples(self) -> int:
+        return self.end - self.start
+
+
+def spans(clip: int, samples: int) -> Iterator[Span]:
+    """A clip of so many samples as one span, or, above 30 s, as 26 s chunks with 2 s more on either side."""
+    count = clock.steps(samples)
+    if count <= CHUNK_ABOVE_STEPS:
+        yield Span(clip, 0, samples, 0, count)
+        return
+    for first in range(0, count, CHUNK_KEPT_STEPS):
+        last = min(first + CHUNK_KEPT_STEPS, count)
+        before, after = max(0, first - CHUNK_OVERLAP_STEPS), min(last + CHUNK_OVERLAP_STEPS, count)
+        yield Span(clip, *clock.step_span(before, after), first, last)
+
+
+class SpeechModel:
+    """One frozen wav2vec2 checkpoint in eval mode (no dropout, no SpecAugment).
+
+    ``layer`` n means the output of transformer block n, counted from 1, before any final norm;
+    None means the last hidden state, after the final norm where the model has one.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layer: int | None,
+        wants_hidden: bool,
+        wants_logits: bool,
+        device: torch.device,
+        autocast: torch.dtype | None = None,
+    ):
+        self.layer = parse_layer(layer, checkpoint)
+        self.wants_hidden, self.wants_logits = wants_hidden, wants_logits
+        self.do_normalize = checkpoint.do_normalize
+        self.device, self.autocast = device, autocast
+        self.hidden_size: int = checkpoint.architecture["hidden_size"]
+        self.vocabulary_size: int = checkpoint.architecture["vocab_size"]
+        # A group norm spans time: padding would change every step, even under a mask.
+        self.can_pad = checkpoint.architecture["feat_extract_norm"] != "group"
+        self.model = build(checkpoint, wants_logits).to(device)
+        self._block_output: Tensor | None = None
+        if self.layer is not None:
+            self._encoder.layers[self.layer - 1].register_forward_hook(self._keep)
+            if not wants_logits:
+                self._encoder.layers = self._encoder.layers[: self.layer]
+
+    @property
+    def _encoder(self) -> Any:
+        return self.model.wav2vec2.encoder
+
+    def _keep(self, block: nn.Module, inputs: Any, output: Any) -> None:
+        self._block_output = output[0] if isinstance(output, tuple) else output
+
+    @torch.inference_mode()
+    def forward(self, waves: Sequence[np.ndarray]) -> list[tuple[np.ndarray | None, np.ndarray | None]]:
+        """Hidden states (S, D) and logits (S, V), float32, of each wave (n,), run as one padded batch."""
+        lengths = [len(wave) for wave in waves]
+        batch = torch.zeros(len(waves), max(lengths))
+        mask = torch.zeros(len(waves), max(lengths), dtype=torch.long)
+        for row, wave in enumerate(waves):
+            batch[row, : len(wave)] = torch.from_numpy(wave)
+            mask[row, : len(wave)] = 1
+        padded = min(lengths) < max(lengths)
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            hidden, logits = self._run(batch.to(self.device), mask.to(self.device) if padded else None)
+        counts = [clock.steps(n) for n in lengths]
+        return [(_row(hidden, i, count), _row(logits, i, count)) for i, count in enumerate(counts)]
+
+    def _run(self, batch: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        last = self.model.wav2vec2(batch, attention_mask=mask).last_hidden_state
+        hidden = last if self.layer is None else self._block_output
+        self._block_output = None
+        logits = self.model.lm_head(last) if self.wants_logits else None
+        return hidden if self.wants_hidden else None, logits
+
+
+def _row(values: Tensor | None, row: int, count: int) -> np.ndarray | None:
+    return None if values is None else values[row, :count].float().cpu().numpy()
+
+
+def build(checkpoint: Checkpoint, with_logits: bool) -> Any:
+    """The transformers model of a checkpoint, frozen, in eval mode, float32, on the CPU.
+
+    It is always a ``Wav2Vec2ForCTC``; without logits its head stays empty. Raises BadInput when
+    tensors are missing or misshapen. Tensors for pre-training only are left aside.
+    """
+    from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+
+    if with_logits and not checkpoint.has_logits:
+        raise BadInput(f"{checkpoint.origin} has no CTC head (lm_head.weight); it cannot be the text model")
+    config = Wav2Vec2Config(**checkpoint.architecture)
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model = Wav2Vec2ForCTC(config)
+    expected = {k: v for k, v in model.state_dict().items() if with_logits or not k.startswith("lm_head.")}
+    found = fit(expected, checkpoint.tensors, checkpoint.origin, optional=_UNUSED_TENSORS)
+    model.load_state_dict({name: tensor.float() for name, tensor in found.items()}, strict=False, assign=True)
+    if not with_logits:
+        model.lm_head = nn.Identity()
+    return model.requires_grad_(False).eval()
+
+
+def normalised(wave: np.ndarray) -> np.ndarray:
+    """Zero mean and unit variance over the whole utterance (n,), as wav2vec2's feature extractor does."""
+    wide = wave.astype(np.float64)
+    return ((wide - wide.mean()) / np.sqrt(wide.var() + 1e-7)).astype(np.float32)
+
+
+# --- clips to features ------------------------------------------------------------------------------------
+
+
+def features(
+    model: SpeechModel, waves: Sequence[np.ndarray], max_batch_samples: int
+) -> list[tuple[np.ndarray | None, np.ndarray | None] | PmmError]:
+    """Hidden states (S, D) and logits (S, V) as float16 of each 16 kHz wave (n,) float32.
+
+    Waves run together where the model allows it: padded batches of at most ``max_batch_samples``
+    (and at least one span), equal lengths only for group-norm models. A wave that cannot be done
+    (too short, not finite, values beyond float16) yields its error in its place.
+    """
+    problems = [_unusable(wave) for wave in waves]
+    good = [i for i, problem in enumerate(problems) if problem is None]
+    ready = {i: normalised(waves[i]) if model.do_normalize else waves[i] for i in good}
+    parts = [span for i in good for span in spans(i, len(ready[i]))]
+    pieces: dict[int, list[tuple[int, np.ndarray | None, np.ndarray | None]]] = {i: [] for i in good}
+    for batch in batches(parts, model.can_pad, max_batch_samples):
+        outputs = model.forward([ready[span.clip][span.start : span.end] for span in batch])
+        for span, (hidden, logits) in zip(batch, outputs):
+            skipped = span.first - clock.first_step(span.start)
+            kept = slice(skipped, skipped + span.last - span.first)
+            piece = (span.first, _half(hidden, kept), _half(logits, kept))
+            pieces[span.clip].append(piece)
+    return [problem or _joined(pieces[i]) for i, problem in enumerate(problems)]
+
+
+def batches(parts: Iterable[Span], can_pad: bool, max_batch_samples: int) -> Iterator[list[Span]]:
+    """Spans of like length together, the longest first, within a number of (padded) samples."""
+    batch: list[Span] = []
+    for span in sorted(parts, key=lambda span: (-span.samples, span.clip, span.first)):
+        longest = batch[0].samples if batch else span.samples
+        full = (len(batch) + 1) * longest > max_batch_samples
+        if batch and (full or (not can_pad and span.samples != longest)):
+            yield batch
+            batch = []
+        batch.append(span)
+    if batch:
+        yield batch
+
+
+def _unusable(wave: np.ndarray) -> PmmError | None:
+    if clock.steps(len(wave)) == 0:
+        return BadInput(f"{len(wave)} samples at 16 kHz, expected at least {clock.STEP_RECEPTIVE_SAMPLES}")
+    if not np.isfinite(wave).all():
+        return BadInput("the audio holds values that are not numbers")
+    return None
+
+
+def _half(values: np.ndarray | None, kept: slice) -> np.ndarray | None:
+    if values is None:
+        return None
+    with np.errstate(over="ignore"):  # overflow is reported below, per clip
+        return values[kept].astype(np.float16)
+
+
+def _joined(
+    pieces: list[tuple[int, np.ndarray | None, np.ndarray | None]],
+) -> tuple[np.ndarray | None, np.ndarray | None] | PmmError:
+    pieces = sorted(pieces, key=lambda piece: piece[0])
+    joined = [_whole([piece[k] for piece in pieces]) for k in (1, 2)]  # type: ignore[misc]
+    for name, values in zip(("hidden states", "logits"), joined):
+        if values is not None and not np.isfinite(values).all():
+            return BadInput(
+                f"{name} overflow float16 or are not numbers; this clip cannot be stored as float16"
+            )
+    return joined[0], joined[1]
+
+
+def _whole(values: list[np.ndarray | None]) -> np.ndarray | None:
+    present = [value for value in values if value is not None]
+    return np.concatenate(present) if present else None

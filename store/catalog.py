@@ -26,7 +26,7 @@ from pmm import AlreadyThere, BadInput, NotFound, PmmError, StoreCorrupt
 from pmm.store import fragment as fragments
 from pmm.store.clip import Take
 from pmm.store.digest import json_line, sealed, strict_json, unsealed
-from pmm.store.feature import MODALITIES, FeatureSpec
+from pmm.store.feature import FeatureSpec
 from pmm.store.fragment import CHUNK_BYTES, FORMAT, Fragment, Reader, refuse_newer
 from pmm.store.medium import LocalMedium, Medium
 
@@ -45,11 +45,10 @@ class Failure:
     key      clip id; ``file:<sha256>`` of a file that did not decode; ``path:<path>`` of one that
              could not even be read
     source   the path it came from
-    stage    where it failed: probe, or a modality
+    stage    where it failed: find, probe, decode, features, target, ...
     reason   one line
     attempt  1 + earlier attempts of this key; filled in by ``Store.publish_failures`` where 0
     when     ISO 8601, for people; filled in where empty
-    spec     the feature spec that was being computed, if any
     """
 
     key: str
@@ -58,7 +57,6 @@ class Failure:
     reason: str
     attempt: int = 0
     when: str = ""
-    spec: str = ""
 
 
 @dataclass(frozen=True)
@@ -322,27 +320,27 @@ class Store:
     def open_failures(self) -> list[Failure]:
         """The last failure of each key and stage that nothing has succeeded after.
 
-        A failure while computing a feature is closed by a row of that clip in the same modality (and
-        spec, where it names one); any other by a later live listing that has the clip or the source.
+        The failure of a clip is closed by a row of it written later (of its face track if that was the
+        stage, of any other modality if not); that of a file, by a later listing with a take from it.
         """
-        last = {(one.key, one.stage, one.spec): one for one in self.failures()}
+        last = {(one.key, one.stage): one for one in self.failures()}
         return [one for one in last.values() if not self._closed(one)]
 
     def _closed(self, one: Failure) -> bool:
         if one.key in self.removed:
             return True
-        if one.stage not in MODALITIES:
-            return any(
-                one.key == take.clip.id or one.source == take.source
-                for listing in self._live_listings
-                if listing.created >= one.when
-                for take in listing.takes
-            )
-        rows = {one.key, *self._targets_of(one.key)} if one.stage == "target" else {one.key}
-        specs = [
-            name for name, spec in self.specs.items() if spec.modality == one.stage and one.spec in ("", name)
-        ]
-        return any(_is_row_id(row) and self.has(name, row) for name in specs for row in rows)
+        if _is_row_id(one.key):
+            rows = {one.key, *self._targets_of(one.key)} if one.stage == "target" else {one.key}
+            return any(not rows.isdisjoint(later.row_ids) for later in self._written_since(one))
+        later = (listing for listing in self._live_listings if listing.created >= one.when)
+        return any(_came_from(one.source, take, listing) for listing in later for take in listing.takes)
+
+    def _written_since(self, one: Failure) -> Iterable[Fragment]:
+        """Live fragments from after a failure that could hold what failed."""
+        about_target = {name: spec.modality == "target" for name, spec in self.specs.items()}
+        for later in self._live:
+            if later.created >= one.when and about_target.get(later.spec_id) == (one.stage == "target"):
+                yield later
 
     def _targets_of(self, clip_id: str) -> set[str]:
         return {take.target for take in self.takes() if take.target and take.clip.id == clip_id}
@@ -469,6 +467,14 @@ def writer() -> dict[str, Any]:
 
 def _stem(key: str) -> str:
     return key.rpartition("/")[2].partition(".")[0]
+
+
+def _came_from(path: str, take: Take, listing: Listing) -> bool:
+    """Whether ``path`` is a take's source, which may be given from the listing's root and without ending."""
+    for source in (take.source, f"{listing.origin.get('root', '')}/{take.source}"):
+        if take.source and path.startswith(source) and path[len(source) :][:1] in ("", "/", "."):
+            return True
+    return False
 
 
 def _is_row_id(text: str) -> bool:

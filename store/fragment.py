@@ -278,7 +278,7 @@ def _chunk(arrays: Sequence[np.ndarray], ends: np.ndarray, first: int, last: int
         if start >= last:
             return
         yield _raw(arrays[index][max(0, first - start) : last - start])
-    yield bytes((last - max(first, int(ends[-1]))) * arrays[0][0].nbytes)
+    yield bytes(max(0, last - int(ends[-1])) * arrays[0][0].nbytes)
 
 
 def _write(medium: Medium, folder: str, path: str, blocks: Iterable[Buffer]) -> Object:

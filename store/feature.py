@@ -51,6 +51,10 @@ class FeatureSpec:
             raise BadInput(f"modality {self.modality!r} is none of {', '.join(MODALITIES)}")
         if self.dtype not in DTYPES:
             raise BadInput(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+        if not isinstance(self.algorithm, str) or not isinstance(self.settings, Mapping):
+            raise BadInput("a feature spec without a text for its algorithm or an object for its settings")
+        if self.fps is not None and (not isinstance(self.fps, int) or self.fps < 1):
+            raise BadInput(f"fps is {self.fps!r}; a whole number from 1, or None for wav2vec2 steps")
         if not self.shape or not all(isinstance(n, int) and 0 < n < 1 << 24 for n in self.shape):
             raise BadInput(
                 f"a row of shape {self.shape!r}; every size must be a whole number from 1 to 2**24"

@@ -145,9 +145,19 @@ def export_ticks(row_count: int, fps: int) -> np.ndarray:
     return np.arange(row_count, dtype=np.int64) * (TICKS_PER_SECOND // fps)
 
 
+def device_rows(duration_seconds: float, device_hz: float) -> int:
+    """Rows that a device at ``device_hz`` (59.9 or so) writes in that time, at least 2."""
+    return max(2, round(duration_seconds * device_hz))
+
+
+def device_times(row_count: int, device_hz: float) -> np.ndarray:
+    """Seconds of those rows from the first: (row_count,) float64."""
+    return np.arange(row_count) / device_hz
+
+
 def device_ticks(row_count: int, device_hz: float) -> np.ndarray:
-    """Ticks of the rows of a device that runs at ``device_hz`` (59.9 or so): (row_count,) int64."""
-    return np.rint(np.arange(row_count) * (TICKS_PER_SECOND / device_hz)).astype(np.int64)
+    """Ticks of those rows, as far as a time code holds them: (row_count,) int64."""
+    return np.rint(device_times(row_count, device_hz) * TICKS_PER_SECOND).astype(np.int64)
 
 
 def track_ticks(ticks: np.ndarray) -> int:

@@ -271,10 +271,10 @@ def check_durations(clip: Clip, track: Track, audio: Path, target: Path) -> None
 
     Within that they are cropped to the shorter; beyond it they are not of one performance.
     """
-    if abs(clip.seconds - track.seconds) > MAX_MISMATCH_SECONDS:
+    if round(abs(clip.seconds - track.seconds), 6) > MAX_MISMATCH_SECONDS:
         raise BadInput(
-            f"{target}: the face track lasts {track.seconds:.3f} s and its audio {audio.name} "
-            f"{clip.seconds:.3f} s; they may differ by {MAX_MISMATCH_SECONDS} s: are they of one take?"
+            f"{target}: the face track lasts {track.seconds:.4f} s and its audio {audio.name} "
+            f"{clip.seconds:.4f} s; they may differ by {MAX_MISMATCH_SECONDS} s: are they of one take?"
         )
 
 

@@ -19,7 +19,7 @@ from pmm.precompute.datasets import livelink
 from pmm.precompute.synth import sentences
 from pmm.precompute.synth.curves import Face, animate
 from pmm.precompute.synth.phonemes import Segment, segments
-from pmm.precompute.synth.voice import Spoken, speak
+from pmm.precompute.synth.voice import Spoken, require_engine, speak
 from pmm.store import clock
 
 _VOICES = {"en": ("en-us", "en-gb-x-rp"), "cmn": ("cmn",)}
@@ -177,6 +177,7 @@ def write_corpus(
 
     Raises AlreadyThere if anything is in ``out``, ExtraMissing without espeak-ng.
     """
+    require_engine()
     _claim(out)
     takes = plan(spec)
     unknown: Counter[str] = Counter()

@@ -50,6 +50,11 @@ def speak(
     return _engine().speak(text, voice, {_RATE: words_per_minute, _PITCH: pitch, _RANGE: pitch_range})
 
 
+def require_engine() -> None:
+    """Start espeak-ng now, to learn early whether it is there. Raises ExtraMissing if not."""
+    _engine()
+
+
 # espeak-ng's speak_lib.h
 _SYNCHRONOUS, _PHONEME_EVENTS, _DONT_EXIT = 2, 0x0001, 0x8000
 _RATE, _PITCH, _RANGE = 1, 3, 4

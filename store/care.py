@@ -14,6 +14,7 @@ from typing import Any
 from pmm import PmmError
 from pmm.store import clock
 from pmm.store.catalog import Store
+from pmm.store.clip import Take
 from pmm.store.feature import FeatureSpec
 from pmm.store.fragment import ID_BYTES, MAX_CLIPS, Fragment, Object, hexes
 
@@ -186,6 +187,20 @@ def _orphans(store: Store) -> int:
     named = {entry.key.removesuffix(".json").split("/", 1)[1] for entry in store.medium.list("records")}
     folders = {"/".join(entry.key.split("/")[1:3]) for entry in store.medium.list("fragments")}
     return len(folders - named)
+
+
+def contents(store: Store) -> list[tuple[Take, tuple[str, ...]]]:
+    """Every listed take with the modalities that the store holds of it, in the order of ``Store.takes``."""
+    specs = list(store.specs.items())
+
+    def present(take: Take, name: str, spec: FeatureSpec) -> bool:
+        bare = spec.modality == "target" and take.target is None
+        return not bare and store.has(name, spec.row_id(take.clip.id, take.target))
+
+    return [
+        (take, tuple(sorted({spec.modality for name, spec in specs if present(take, name, spec)})))
+        for take in store.takes()
+    ]
 
 
 def info(store: Store) -> dict[str, Any]:

@@ -227,10 +227,9 @@ class Store:
         record and decides no id. Raises BadInput if an array is not what ``spec`` says.
         """
         people = {"created": now(), "writer": writer(), "made_with": _plain_json(made_with, "made_with")}
-        fragments.check(spec, rows)
-        self._publish_spec(spec)
         for _ in range(_ATTEMPTS):
             one = fragments.write(self.medium, spec, rows, people, chunk_bytes)
+            self._publish_spec(spec)
             data = one.to_bytes()
             found = self.medium.create(one.record, data)
             if found == data:

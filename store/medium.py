@@ -94,21 +94,7 @@ class LocalMedium:
         self._before = before
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        try:
-            found = list(os.scandir(self._inside(prefix)))
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        except OSError as error:
-            raise self._refused("list", prefix, error) from None
-        for entry in found:
-            key = f"{prefix}/{entry.name}"
-            if not _KEY_NAME.fullmatch(entry.name):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from self.list(key)
-            elif entry.is_file(follow_symlinks=False):
-                with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
-                    yield Entry(key, entry.stat(follow_symlinks=False).st_size)
+        yield from self._walk(self._inside(prefix), prefix)
 
     def read(self, key: str, start: int, length: int) -> bytes:
         with self._opened(key) as fd:
@@ -175,6 +161,23 @@ class LocalMedium:
             os.unlink(self._inside(key))
 
     # -- below the verbs
+
+    def _walk(self, folder: Path | str, prefix: str) -> Iterator[Entry]:
+        try:
+            found = list(os.scandir(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise self._refused("list", prefix, error) from None
+        for entry in found:
+            key = f"{prefix}/{entry.name}"
+            if not _KEY_NAME.fullmatch(entry.name):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from self._walk(entry.path, key)
+            elif entry.is_file(follow_symlinks=False):
+                with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
+                    yield Entry(key, entry.stat(follow_symlinks=False).st_size)
 
     def _inside(self, key: str) -> Path:
         """The path of ``key``. Raises StoreCorrupt if a link on the way leads elsewhere."""

@@ -117,7 +117,7 @@ _SYMBOLS = {
     "labiodental": "f v",
     "dental": "T D",
     "alveolar": "t d n l L t# th",
-    "velar": "k g N h X kh ?",
+    "velar": "k g N ng h X kh ?",
     "sibilant": "s z ts tsh",
     "postalveolar": "S Z tS dZ s. z. ts. ts.h",
     "palatal": "S; tS; tS;h",

@@ -185,7 +185,7 @@ def test_foreign_files_are_nobodys_business(path):
     store.publish_takes("d", [take(1)], HERE)
     for stray in (".DS_Store", "README.txt", "records/notes.txt", "records/Thumbs.db", "datasets/.x.jsonl",
                   f"records/{AUDIO.id}/.nfs0001", f"records/{AUDIO.id}/{one.location}.json~", "index/x.json",
-                  "snapshots/x.json", f"{one.folder}/.zattrs", "damaged/notes", "removed/U.json"):  # fmt: skip
+                  "snapshots/x.json", f"{one.folder}/.zattrs", "damaged/notes", "removed/U"):  # fmt: skip
         (path / stray).parent.mkdir(exist_ok=True)
         (path / stray).write_text("not ours {")
     fresh = Store.open(path)

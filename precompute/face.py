@@ -106,7 +106,7 @@ def _head(canvas: _Canvas) -> None:
     for side in (-1, 1):
         canvas.paint(canvas.ellipse(side * 0.82, 0.02, 0.11, 0.2), _SHADE)  # ears
     canvas.paint(canvas.ellipse(0, 0.0, 0.78, 0.96, power=3), _SKIN)
-    canvas.paint(canvas.ellipse(0, -0.95, 0.7, 0.36), _HAIR)
+    canvas.paint(canvas.ellipse(0, -0.84, 0.62, 0.25), _HAIR)
     for side in (-1, 1):
         canvas.paint(canvas.ellipse(side * 0.45, 0.3, 0.19, 0.14), (226, 150, 130), 0.35)  # cheeks
 

@@ -83,12 +83,13 @@ def _fan_in(shape: tuple[int, ...]) -> int:
     return int(np.prod(shape[1:], dtype=np.int64))
 
 
-# Standard deviations by the end of a name: (weight's gain over 1/sqrt(fan-in), bias). Branches that
-# mix over time or depth are kept weak, so that a step keeps telling of its own 25 ms of sound. The
-# convolutions' biases give LayerNorm a yardstick: without them it would erase loudness.
+# By the end of a tensor's name: (the weight's gain over 1/sqrt(fan-in), the bias's deviation). Branches
+# that mix over time or depth are kept weak, so that a step keeps telling of its own 25 ms of sound.
+# The convolutions' biases give LayerNorm a yardstick: without them it would erase loudness.
 _SPEECH_GAINS: tuple[tuple[str, float, float], ...] = (
-    ("conv_layers.0.conv", 1.0, 0.3),
-    (".conv", 1.4, 0.1),
+    ("conv_layers.0.conv", 1.0, 0.5),
+    ("pos_conv_embed.conv", 1.0, 0.1),
+    (".conv", 1.4, 0.3),
     ("projection", 1.0, 0.0),
     ("q_proj", 1.0, 0.0),
     ("k_proj", 1.0, 0.0),
@@ -107,10 +108,24 @@ def _speech_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.full(shape, 1.0 if kind == "weight" else 0.0)
     if kind == "original0":  # the length of the position kernels, one for each tap
         return torch.full(shape, _POSITION_GAIN)
-    if kind == "original1" or kind == "masked_spec_embed":
+    if kind in ("original1", "masked_spec_embed"):
         return _filled(name, shape, 1.0)
     gain, bias = next((gain, bias) for end, gain, bias in _SPEECH_GAINS if layer.endswith(end))
-    return _filled(name, shape, bias if kind == "bias" else gain / _fan_in(shape) ** 0.5)
+    if kind == "bias":
+        return _filled(name, shape, bias)
+    if layer.endswith(".conv") and not layer.endswith(".0.conv"):
+        return _averaging(name, shape, gain)
+    return _filled(name, shape, gain / _fan_in(shape) ** 0.5)
+
+
+def _averaging(name: str, shape: tuple[int, ...], gain: float) -> torch.Tensor:
+    """Kernels with all taps alike: they average what a nonlinearity rectified, as an energy detector does.
+
+    Random taps instead keep the waveform's phase, which says nothing of the mouth: jaw opening was
+    then half as predictable from the features.
+    """
+    over_inputs = _filled(name, (*shape[:2], *(1 for _ in shape[2:])), gain / shape[1] ** 0.5)
+    return (over_inputs / float(np.prod(shape[2:]))).expand(shape).contiguous()
 
 
 def speech_checkpoint() -> Checkpoint:

@@ -92,7 +92,8 @@ def decode(path: Path, clip: Clip) -> np.ndarray:
     source = _open(path)
     if (source.rate, source.channels) != (clip.rate, clip.channels) or source.samples < clip.end:
         raise _changed(path, clip, f"{source.samples} samples, {source.channels} x {source.rate} Hz")
-    resampler = soxr.ResampleStream(clip.rate, clock.SPEECH_RATE, 1, dtype="float32", quality="HQ")
+    quality = PREPROCESSING["quality"]
+    resampler = soxr.ResampleStream(clip.rate, clock.SPEECH_RATE, 1, dtype="float32", quality=quality)
     scale = np.float32(1 / _FULL_SCALE[source.sample_format])
     pieces, count = [], 0
     with _reading(path):

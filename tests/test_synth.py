@@ -187,7 +187,7 @@ def test_speakers_differ_and_are_a_little_crooked():
 
 # --- the corpus -----------------------------------------------------------------------------------
 
-# FORMATS' percentiles 50, 90, 99 of real speech, and how far ours may lie: a made corpus, no capture
+# percentiles 50, 90 and 99 of captured speech; ours is made by rule, so it only has to come near
 REAL = {
     "JawOpen": (0.08, 0.31, 0.76),
     "MouthFunnel": (0.09, 0.35, 0.80),
@@ -216,16 +216,16 @@ def test_mouth_close_never_passes_the_jaw(tracks):
 
 
 def test_lips_lead_the_sound_by_about_100_ms(made, tracks):
-    leads = []
+    lags, fits = range(-18, 19), np.zeros(37)
     for recording, track in zip(datasets.find(made[0]).recordings, tracks):
         wave = media.decode(recording.audio, media.probe(recording.audio)).astype(np.float64)
         edges = np.arange(len(track.values) + 1) * 16_000 // 60
         loud = np.log(1e-3 + np.sqrt([np.mean(wave[a:b] ** 2) for a, b in pairwise(edges)]))
         jaw = column(track.values, "JawOpen")
         inner = slice(30, -30)
-        fits = [np.corrcoef(jaw[inner], np.roll(loud, -k)[inner])[0, 1] for k in range(-18, 19)]
-        leads.append((int(np.argmax(fits)) - 18) / 60)
-    assert 0.07 <= np.median(leads) <= 0.13
+        fits += [np.corrcoef(jaw[inner], np.roll(loud, -lag)[inner])[0, 1] for lag in lags]
+    assert 0.07 <= lags[int(fits.argmax())] / 60 <= 0.13
+    assert fits.max() > 1.5 * max(0, fits[18]), "in step with the sound they fit much worse"
 
 
 def test_left_and_right_agree_and_nothing_but_the_tongue_is_still(tracks):

@@ -26,7 +26,7 @@ LEAD_SECONDS = 0.1
 MAX_CLOSE_OVER_JAW = 0.03
 """``mouthClose <= jawOpen + 0.03`` in 99 % of real frames; here, in all."""
 
-_PLATEAU = 0.25  # of a segment, on either side of its centre
+_PLATEAU = 0.2  # of a segment, on either side of its centre
 _SPEED = {  # theta, 1/s: (before the centre, after it)
     "jaw": (17.0, 17.0),
     "seal": (34.0, 38.0),
@@ -35,17 +35,17 @@ _SPEED = {  # theta, 1/s: (before the centre, after it)
     "round": (11.0, 18.0),
 }
 _CONTRAST = {  # F -> gain * F ** power
-    "jaw": (1.9, 1.45),
-    "lower_down": (2.9, 1.4),
-    "upper_up": (4.0, 1.3),
+    "jaw": (2.0, 1.45),
+    "lower_down": (3.3, 1.4),
+    "upper_up": (4.2, 1.3),
     "smile": (2.1, 1.1),
-    "funnel": (1.7, 1.3),
-    "pucker": (1.0, 1.4),
+    "funnel": (1.75, 1.3),
+    "pucker": (1.05, 1.4),
 }
 """A weighted mean draws peaks and valleys together; this parts them again, channel by channel, until
 the corpus has the spread of real speech (percentiles 50, 90 and 99)."""
 
-_CEILING = 0.9  # muscles end somewhere
+_USUAL_SECONDS = 0.09  # of one mouth shape
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,11 @@ def animate(segments: Sequence[Segment], times: np.ndarray, face: Face, rng: np.
 
 
 def _emphasis(segments: Sequence[Segment], rng: np.random.Generator) -> np.ndarray:
-    """(segments,) factors on the size of each movement: stressed syllables large, a few very large."""
+    """(segments,) factors on the size of each movement: stressed and long sounds are made larger."""
     stressed = np.array([segment.stressed for segment in segments])
-    return np.where(stressed, 1.15, 0.68) * np.exp(rng.normal(0, 0.22, len(segments)))
+    length = np.array([segment.end - segment.start for segment in segments])
+    held = np.clip(length / _USUAL_SECONDS, 0.4, 2.5) ** 0.35
+    return np.where(stressed, 1.15, 0.7) * held * np.exp(rng.normal(0, 0.1, len(segments)))
 
 
 def blend(segments: Sequence[Segment], times: np.ndarray, emphasis: np.ndarray) -> dict[str, np.ndarray]:
@@ -225,7 +227,8 @@ def _smooth(curve: np.ndarray, times: np.ndarray, sigma: float = 0.012) -> np.nd
 
 
 def _size(channel: str, curve: np.ndarray) -> np.ndarray:
-    """_CONTRAST, then linear below half of _CEILING and bent above so that it never reaches it."""
+    """_CONTRAST, then linear below half, and bent above so that it never reaches 1."""
     gain, power = _CONTRAST.get(channel, (1.0, 1.0))
-    size, half = gain * np.maximum(curve, 0) ** power, _CEILING / 2
-    return np.where(size < half, size, half + half * np.tanh((np.maximum(size, half) - half) / half))
+    size = gain * np.maximum(curve, 0) ** power
+    over = np.maximum(size - 0.5, 0) / 0.5
+    return np.minimum(size, 0.5) + 0.5 * over / (1 + over)

@@ -35,11 +35,11 @@ _SPEED = {  # theta, 1/s: (before the centre, after it)
     "round": (11.0, 18.0),
 }
 _CONTRAST = {  # F -> gain * F ** power
-    "jaw": (2.0, 1.45),
+    "jaw": (1.95, 1.5),
     "lower_down": (3.3, 1.4),
     "upper_up": (4.2, 1.3),
     "smile": (2.1, 1.1),
-    "funnel": (1.75, 1.3),
+    "funnel": (1.75, 1.4),
     "pucker": (1.05, 1.4),
 }
 """A weighted mean draws peaks and valleys together; this parts them again, channel by channel, until

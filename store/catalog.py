@@ -258,12 +258,13 @@ class Store:
         """
         self.refresh()
         takes = [replace(take, dataset=dataset) for take in takes]
-        earlier = [one for one in self.listings() if (one.dataset, one.origin) == (dataset, dict(origin))]
+        origin = {key: str(text) for key, text in origin.items()}
+        earlier = [one for one in self.listings() if (one.dataset, one.origin) == (dataset, origin)]
         if len(earlier) == 1 and list(earlier[0].takes) == takes:
             return False
         header = {
             "dataset": dataset,
-            "origin": dict(origin),
+            "origin": origin,
             "replaces": [one.name for one in earlier],
         }
         self._publish_sheet("datasets", header, [take.to_json() for take in takes])

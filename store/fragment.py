@@ -16,14 +16,16 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
 
-from pmm import BadInput, NewerFormat, StoreCorrupt
+from pmm import BadInput, NewerFormat, PmmError, StoreCorrupt
 from pmm.store.digest import digest, sealed, strict_json, unsealed
 from pmm.store.feature import DTYPES, FeatureSpec
 from pmm.store.medium import Buffer, Medium
@@ -37,6 +39,7 @@ CHUNK_BYTES = 256 << 20
 RECORD_BYTES = 64 << 20
 """A record beyond this is not written, and not read either."""
 _HEAD_BYTES = 64 << 20
+_FOREIGN_BYTES = 1 << 30
 ID_BYTES = 32
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 HEX64 = re.compile(r"[0-9a-f]{64}")
@@ -213,12 +216,10 @@ def write(
     small = _metadata(spec, lengths, chunk_rows)
     small["offsets/c/0"] = np.concatenate([[0], lengths.cumsum()]).astype("<i8").tobytes()
     small["clips/c/0/0"], small["sums/c/0/0"] = ids, sums
-    objects = [_write(medium, folder, path, [data]) for path, data in small.items()]
+    contents: list[tuple[str, Iterable[Buffer]]] = [(path, [data]) for path, data in small.items()]
     tail = "/0" * len(spec.shape)
-    for index, blocks in enumerate(_chunks(arrays, chunk_rows)):
-        objects.append(_write(medium, folder, f"values/c/{index}{tail}", blocks))
-    medium.sync(folder)
-    objects.sort(key=lambda one: one.path)
+    contents += [(f"values/c/{n}{tail}", one) for n, one in enumerate(_chunks(arrays, chunk_rows))]
+    objects = _write_all(medium, folder, contents)
     return Fragment(spec.id, fragment_id(spec.id, objects), location, ids, lengths, tuple(objects), **people)
 
 
@@ -246,7 +247,7 @@ def _checked_array(spec: FeatureSpec, row_id: str, array: np.ndarray) -> np.ndar
         )
     if len(array) == 0:
         raise BadInput(f"clip {row_id}: no rows; an empty clip is not stored")
-    if not np.isfinite(array).all():
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise BadInput(f"clip {row_id}: NaN or infinity in its {spec.modality} ({spec.dtype}); not stored")
     return np.ascontiguousarray(array, dtype=_stored(spec.dtype))
 
@@ -279,6 +280,21 @@ def _chunk(arrays: Sequence[np.ndarray], ends: np.ndarray, first: int, last: int
             return
         yield _raw(arrays[index][max(0, first - start) : last - start])
     yield bytes(max(0, last - int(ends[-1])) * arrays[0][0].nbytes)
+
+
+def _write_all(medium: Medium, folder: str, contents: Iterable[tuple[str, Iterable[Buffer]]]) -> list[Object]:
+    """Objects by path, on the disk. What was written is taken away again if the rest cannot be."""
+    done: list[Object] = []
+    try:
+        for path, blocks in contents:
+            done.append(_write(medium, folder, path, blocks))
+        medium.sync(folder)
+    except BaseException:  # also Ctrl-C: no record names this folder yet, and nobody else ever will
+        for one in done:
+            with suppress(PmmError):
+                medium.delete(f"{folder}/{one.path}")
+        raise
+    return sorted(done, key=lambda one: one.path)
 
 
 def _write(medium: Medium, folder: str, path: str, blocks: Iterable[Buffer]) -> Object:
@@ -415,8 +431,10 @@ class Reader:
         self._ids = heads["clips/c/0/0"]
         self._sums = np.frombuffer(heads["sums/c/0/0"], dtype=np.uint8).reshape(-1, ID_BYTES)
         self._chunk_rows = chunk_rows
-        self._chunk_bytes = chunk_rows * int(np.prod(self._shape[1:])) * self._dtype.itemsize
+        self._chunk_bytes = chunk_rows * prod(self._shape[1:]) * self._dtype.itemsize
         count = -(-self._shape[0] // chunk_rows)
+        if count > len(self.fragment.objects):
+            raise ValueError(f"{count} chunks, more than the record lists")
         tail = "/0" * (len(self._shape) - 1)
         self._keys = [f"values/c/{index}{tail}" for index in range(count)]
         sizes = {one.path: one.size for one in self.fragment.objects}
@@ -442,7 +460,14 @@ class Reader:
 
     def _open_foreign(self, count: int) -> None:
         """A layout that is not ours (compressed, sharded): read whole, through zarr-python."""
+        if self.fragment.bytes > _FOREIGN_BYTES:
+            raise ValueError(
+                f"{self.fragment.bytes} bytes in a foreign layout; at most {_FOREIGN_BYTES} are read"
+            )
         group = _zarr_group(self._medium, self.fragment)
+        for name, array in group.arrays():
+            if prod(array.shards or array.chunks) * array.dtype.itemsize > _FOREIGN_BYTES:
+                raise ValueError(f"{name} has chunks of more than {_FOREIGN_BYTES} bytes")
         for name, shape in (("offsets", (count + 1,)), ("clips", (count, 32)), ("sums", (count, 32))):
             if group[name].shape != shape:
                 raise ValueError(f"{name} has shape {group[name].shape}, not {shape}")

@@ -26,6 +26,7 @@ from pmm import BadInput, NotFound, PmmError, StoreCorrupt
 Buffer = bytes | memoryview
 _KEY_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 _DRAFTS = "tmp"
+_SMALL = 1 << 16
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # no links, no waiting on a pipe
 
 
@@ -114,13 +115,11 @@ class LocalMedium:
         with self._told("write", key):
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                for block in blocks:
-                    self._before("write", key)
-                    _write_all(fd, block)
-                with contextlib.suppress(PermissionError):  # disks without modes
-                    os.fchmod(fd, self._mode() & 0o444)
-                self._before("fsync", key)
-                _fsync(fd)
+                self._fill(fd, key, blocks)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+                raise
             finally:
                 os.close(fd)
 
@@ -141,7 +140,7 @@ class LocalMedium:
             try:
                 os.link(self.root / draft, final)
             except FileExistsError:
-                data = self.read(key, 0, 1 << 40)
+                data = self.read(key, 0, max(len(data), _SMALL) + 1)  # a longer one is another one anyway
             except OSError as error:
                 if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
                     raise
@@ -208,6 +207,15 @@ class LocalMedium:
                 os.rmdir(draft)
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # these: another writer was first
                     raise
+
+    def _fill(self, fd: int, key: str, blocks: Iterable[Buffer]) -> None:
+        for block in blocks:
+            self._before("write", key)
+            _write_all(fd, block)
+        with contextlib.suppress(PermissionError):  # disks without modes
+            os.fchmod(fd, self._mode() & 0o444)
+        self._before("fsync", key)
+        _fsync(fd)
 
     def _sync_folder(self, path: Path) -> None:
         self._before("fsync", str(path.relative_to(self.root)))

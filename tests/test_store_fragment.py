@@ -1,5 +1,6 @@
 """One fragment: what other readers see, what is refused, what damage is noticed."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -380,6 +381,27 @@ def test_folders_take_the_roots_mode_and_objects_its_read_bits(tmp_path, umask, 
         assert {stat.S_IMODE(os.stat(os.path.join(folder, one)).st_mode) for one in files} <= {mode & 0o444}
 
 
+@pytest.mark.parametrize(
+    ("lengths", "meta", "message"),
+    [
+        ([1 << 60], {"shape": [1 << 60, 5]}, "more than the record lists"),
+        ([1 << 60], {}, "the record lists 1152921504606846976 rows"),
+        ([10], {"data_type": "object"}, "values is object"),
+        ([10], {"chunk_grid": 3}, "does not fit its record"),
+        ([10], {"codecs": [{"name": "nonsense"}]}, "does not fit its record"),
+    ],
+)
+def test_a_fragment_from_a_stranger_allocates_nothing_it_does_not_have(store, lengths, meta, message):
+    one = store.publish(AUDIO, [(name(1), np.zeros((10, 5), np.float16))], {}, chunk_bytes=10)
+    path = store.path / one.folder / "values/zarr.json"
+    path.chmod(0o644)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **meta}))
+    os.unlink(store.path / one.record)
+    liar = republish(store, dataclasses.replace(one, lengths=np.array(lengths)), one.folder)
+    with pytest.raises(StoreCorrupt, match=message):
+        fragment.Reader(store.medium, liar)
+
+
 def test_a_full_disk_is_one_clear_error_and_nothing_is_visible(store):
     def full(operation, key):
         if operation == "write" and key.endswith("values/c/1/0"):
@@ -391,3 +413,6 @@ def test_a_full_disk_is_one_clear_error_and_nothing_is_visible(store):
     assert caught.value.errno == 28
     fresh = Store.open(store.path)
     assert (fresh.fragments(), dict(fresh.problems)) == ([], {})
+    assert (
+        list(store.medium.list("fragments")) == list(store.medium.list("tmp")) == []
+    )  # the disk is as full as before

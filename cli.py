@@ -1,4 +1,641 @@
-"""pmm's command line."""
+"""pmm's command line: options to one library call, progress on stderr, one line on an error.
+
+The only place that knows click and tqdm. Nothing heavy is imported here at the top: every command
+imports what it needs, so that ``pmm --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pmm import PmmError, __version__
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from pmm.precompute.models import FrozenModels, ModelSet
+    from pmm.precompute.plan import Plan
+    from pmm.precompute.run import Outcome
+    from pmm.train.evaluate import Scores
+
+FAILED_CLIPS = 3
+INTERRUPTED = 130
+
+PATH = click.Path(path_type=Path)
 
 
-def main() -> None: ...
+def main(args: list[str] | None = None) -> None:
+    """The ``pmm`` command. Exit 0; 1 the user's error; 2 usage; 3 some clips failed; 130 interrupted."""
+    try:
+        code = pmm.main(args, prog_name="pmm", standalone_mode=False)
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx else "pmm"
+        _complain(f"{error.format_message().rstrip('.')}; see `{where} --help`")
+        code = error.exit_code
+    except click.ClickException as error:
+        _complain(error.format_message())
+        code = error.exit_code
+    except PmmError as error:
+        _complain(str(error))
+        code = 1
+    except (click.Abort, KeyboardInterrupt):
+        click.echo(
+            "pmm: interrupted; what was published stays, run the same command again to go on", err=True
+        )
+        code = INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
+            raise
+        _complain(
+            f"{error.filename or 'a file'}: {error.strerror}; make room or mend permissions, and run again"
+        )
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(message: str) -> None:
+    click.echo(f"pmm: error: {' '.join(message.split())}", err=True)
+
+
+# ---------------------------------------------------------------- what several commands share
+
+_device = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to compute.",
+)
+_fps = click.option(
+    "--fps", type=click.IntRange(1, 240), default=30, show_default=True, help="Video frames a second."
+)
+_seed = click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same result."
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+
+
+def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--models and the parts of a model set that can be named one by one."""
+    for option in (
+        click.option("--face", help="Reference face: an image, instead of the set's own."),
+        click.option("--lips", help="Wav2Lip checkpoint (.pth or .safetensors), instead of the set's own."),
+        click.option("--text-model", help="CTC model for the text logits: Hugging Face id or folder."),
+        click.option("--audio-layer", type=int, help="Take audio from this layer of the audio model."),
+        click.option(
+            "--audio-model", help="wav2vec2 model for the audio features: Hugging Face id or folder."
+        ),
+        click.option("--models", help="Model set: tiny, paper, paper-en or a .toml file.  [default: tiny]"),
+    ):
+        command = option(command)
+    return command
+
+
+def _resolve(models: str | None, **overrides: Any) -> ModelSet:
+    from pmm.precompute.models import resolve
+
+    return resolve(models or "tiny", **{key: value for key, value in overrides.items() if value is not None})
+
+
+@contextmanager
+def _bar(total: float, unit: str, label: str, **options: Any) -> Iterator[tqdm]:
+    """A progress bar on stderr, with rate and time left; silent where stderr is no terminal."""
+    from tqdm import tqdm
+
+    with tqdm(
+        total=total, unit=unit, desc=label, disable=None, leave=False, dynamic_ncols=True, **options
+    ) as bar:
+        yield bar
+
+
+def _say(label: str, text: str) -> None:
+    click.echo(f"{label:<9} {text}", err=True)
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+# ---------------------------------------------------------------- the commands
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="pmm")
+def pmm() -> None:
+    """Speech to ARKit facial animation.
+
+    The frozen models run once per utterance and their tensors are cached in a Zarr store
+    (pmm precompute); a small trainer fits the heads from the cache in minutes (pmm fit).
+    Start with: pmm demo
+    """
+
+
+@pmm.command()
+@click.argument("out", type=PATH)
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True)
+@click.option("--subjects", type=click.IntRange(1, 200), default=10, show_default=True)
+@click.option("--languages", default="en,cmn", show_default=True, help="Comma-separated: en, cmn.")
+@_seed
+@_json
+def synth(out: Path, minutes: float, subjects: int, languages: str, seed: int, as_json: bool) -> None:
+    """Write a talking corpus in the Live Link Face layout to the new folder OUT.
+
+    Speech by espeak-ng, face curves by rule: a made corpus for demos and tests, no capture.
+    """
+    from pmm.precompute.synth import CorpusSpec, write_corpus
+
+    spec = CorpusSpec(minutes, subjects, tuple(part.strip() for part in languages.split(",")), seed)
+    with _bar(spec.minutes * 60, "s", "speaking") as bar:
+        summary = write_corpus(spec, out, lambda event: bar.update(event.seconds))
+    if as_json:
+        _print_json(summary.to_json())
+    else:
+        length = _duration(summary.seconds)
+        click.echo(f"{summary.takes} takes of {summary.subjects} subjects, {length} of speech, in {out}")
+
+
+@pmm.command()
+@click.argument("datasets", nargs=-1, required=True, type=PATH)
+@click.option(
+    "--store", "store_path", required=True, type=PATH, help="The feature store; made if it is not there."
+)
+@click.option("--layout", help="Dataset layout, where looking at the folder is not enough: livelink.")
+@_model_options
+@_fps
+@_device
+@click.option(
+    "--batch-seconds", type=click.FloatRange(1), default=60.0, show_default=True, help="Audio in one batch."
+)
+@click.option(
+    "--fragment-mb",
+    type=click.FloatRange(0.001),
+    default=512.0,
+    show_default=True,
+    help="Close a fragment at this size.",
+)
+@click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
+@_json
+def precompute(
+    datasets: tuple[Path, ...],
+    store_path: Path,
+    layout: str | None,
+    fps: int,
+    device: str,
+    batch_seconds: float,
+    fragment_mb: float,
+    dry_run: bool,
+    as_json: bool,
+    **models: Any,
+) -> None:
+    """Run the frozen models once over every clip of DATASETS and cache what they say in a store.
+
+    What the store already holds is not computed again, whoever put it there. Interrupt it and run
+    the same command again: it goes on. Exit 3 when some clips could not be used (each is named).
+    """
+    from pmm.precompute.plan import make_plan
+    from pmm.precompute.run import Limits, execute, publish_listings
+    from pmm.precompute.survey import survey
+    from pmm.store.catalog import Store
+
+    model_set = _resolve(**models)
+    with _bar(0, "clip", "reading") as bar:
+        found = survey(datasets, layout, lambda event: _reach(bar, event.done, event.total))
+    store = Store.open_or_create(store_path)
+    frozen = _load(model_set, fps, device)
+    plan = make_plan(found.sources, _specs(frozen, fps), store.has)
+    _show_plan(plan, frozen.label, store_path)
+    outcome = None
+    if not dry_run:
+        publish_listings(store, found)
+        limits = Limits(batch_seconds, round(fragment_mb * 1e6))
+        with _bar(round(sum(item.clip.seconds for item in plan.work), 1), "s", "computing") as bar:
+            outcome = execute(
+                plan,
+                store,
+                frozen,
+                earlier_failures=found.failures,
+                limits=limits,
+                on_event=lambda event: bar.update(getattr(event, "seconds", 0)),
+            )
+    _report(plan, outcome, store_path, as_json)
+    if outcome and outcome.failures:
+        raise click.exceptions.Exit(FAILED_CLIPS)
+
+
+def _load(model_set: ModelSet, fps: int, device: str) -> FrozenModels:
+    from pmm.precompute.models import load
+
+    return load(model_set, fps=fps, device=device)
+
+
+def _specs(frozen: FrozenModels, fps: int) -> dict[str, Any]:
+    from pmm.precompute.datasets.livelink import target_spec
+
+    return {**frozen.specs, "target": target_spec(fps)}
+
+
+def _show_plan(plan: Plan, label: str, store: Path) -> None:
+    subjects = len({(s.take.dataset, s.take.subject) for s in plan.sources})
+    _say(
+        "found",
+        f"{len(plan.sources)} takes of {subjects} subjects, {plan.clips} clips, {_duration(plan.seconds)}",
+    )
+    _say("models", label)
+    _say("store", str(store))
+    for share in plan.shares:
+        shape = "x".join(map(str, share.spec.shape))
+        todo = (
+            f"{share.missing:6d} to compute {_size(share.bytes):>10}"
+            if share.missing
+            else "       all cached"
+        )
+        _say(
+            "plan", f"{share.spec.modality:<7}{shape:>9} {share.spec.dtype:<8}{share.cached:6d} cached {todo}"
+        )
+
+
+def _report(plan: Plan, outcome: Outcome | None, store: Path, as_json: bool) -> None:
+    for failure in outcome.failures if outcome else ():
+        named = Path(failure.source).name in failure.reason
+        click.echo(f"pmm: failed: {'' if named else failure.source + ': '}{failure.reason}", err=True)
+    if as_json:
+        _print_json({"plan": plan.to_json(), "outcome": outcome and outcome.to_json()})
+    elif outcome is None:
+        click.echo(f"dry run: nothing computed; {_size(plan.bytes)} would be written")
+    elif not plan.work and not outcome.failures:
+        click.echo(f"nothing to compute: all {plan.clips} clips are in {store}")
+    else:
+        click.echo(
+            f"computed {outcome.clips} clips, published {outcome.fragments} fragments, "
+            f"{_size(outcome.bytes)}, to {store}"
+        )
+        if outcome.clipped:
+            click.echo(f"clipped {outcome.clipped} coefficient values to [0, 1]")
+    if outcome and outcome.failures:
+        click.echo(
+            f"pmm: {len(outcome.failures)} recordings could not be used; each is named above and recorded in "
+            f"{store / 'failures'}",
+            err=True,
+        )
+
+
+@pmm.command()
+@click.argument("store_path", metavar="STORE", type=PATH)
+@click.option("--run", "run_path", required=True, type=PATH, help="A new folder for the run.")
+@click.option("--preset", type=click.Choice(["fast", "paper"]), default="fast", show_default=True)
+@click.option("--rig", type=click.Choice(["lip32", "arkit52"]), default="lip32", show_default=True)
+@_fps
+@click.option("--epochs", type=click.IntRange(1), help="[default: the preset's]")
+@click.option(
+    "--batch", "batch_size", type=click.IntRange(1), help="Clips in a batch.  [default: the preset's]"
+)
+@click.option(
+    "--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="[default: the preset's]"
+)
+@click.option("--lookahead", type=click.IntRange(0), help="Frames of the future the decoder sees.")
+@click.option("--context", type=click.IntRange(1), help="Frames under each projection's kernel (odd).")
+@click.option("--decoder-input", type=click.Choice(["aligned", "separate"]), help="[default: aligned]")
+@click.option("--loss-reduction", type=click.Choice(["sum", "mean"]), help="[default: sum]")
+@click.option(
+    "--features", multiple=True, metavar="MODALITY=ID", help="Which features, where a store has several."
+)
+@_seed
+@_device
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+@_json
+def fit(
+    store_path: Path,
+    run_path: Path,
+    features: tuple[str, ...],
+    resume: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Fit the alignment and decoder heads on the tensors cached in STORE."""
+    from pmm.store.catalog import Store
+    from pmm.train.run import FitOptions
+    from pmm.train.run import fit as run_fit
+
+    chosen = dict(_pair(text) for text in features)
+    given = {key: value for key, value in options.items() if value is not None}
+    store = Store.open(store_path)
+    with _bar(0, "step", "fitting") as bar:
+        result = run_fit(
+            store, run_path, FitOptions(**given, features=chosen), on_event=_FitProgress(bar), resume=resume
+        )
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        click.echo(
+            f"best validation LVE {result.best_lve:.5f} at epoch {result.best_epoch}; run in {run_path}"
+        )
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise click.BadParameter(f"{text!r} is not MODALITY=ID", param_hint="--features")
+    return key, value
+
+
+class _FitProgress:
+    """Training events to a bar over steps and one line an epoch."""
+
+    def __init__(self, bar: tqdm):
+        self.bar = bar
+
+    def __call__(self, event: Any) -> None:
+        kind = type(event).__name__
+        if kind == "Started":
+            self.bar.reset(total=event.epochs * event.steps_per_epoch)
+            self.bar.update(event.first_epoch * event.steps_per_epoch)
+            note = f" ({event.skipped} takes lack features)" if event.skipped else ""
+            _say(
+                "fit",
+                f"{event.clips} clips, {event.frames} frames of {len(event.styles)} subjects{note}; "
+                f"{event.validation_clips} to validate; {event.parameters:,} parameters on {event.device}",
+            )
+        elif kind == "StepDone":
+            self.bar.update()
+            self.bar.set_postfix_str(
+                f"loss {event.losses['total']:.4f}, {event.frames_per_second:.0f} frames/s"
+            )
+        elif kind == "EpochDone":
+            self.bar.clear()
+            _say(
+                f"{event.epoch:3d}/{event.epochs}",
+                f"loss {event.losses['total']:.4f}  validation LVE {event.validation_lve:.5f}"
+                f"{' *' if event.best else '  '}  {event.frames_per_second:.0f} frames/s",
+            )
+
+
+@pmm.command(name="eval")
+@click.argument("run_path", metavar="RUN", type=PATH)
+@click.option(
+    "--split", type=click.Choice(["train", "validation", "test"]), default="test", show_default=True
+)
+@click.option("--store", "store_path", type=PATH, help="[default: the store the run was fitted on]")
+@_device
+@_json
+def evaluate(run_path: Path, split: str, store_path: Path | None, device: str, as_json: bool) -> None:
+    """Score a run: LVE and ALE beside the training mean face and silence, on the same clips."""
+    from pmm.store.catalog import Store
+    from pmm.train.evaluate import evaluate as score
+    from pmm.train.run import load_run
+
+    run = load_run(run_path, device=device)
+    scores = score(run, Store.open(store_path or run.store_path), split)
+    if as_json:
+        _print_json(scores.to_json())
+    else:
+        click.echo(_score_table(scores))
+
+
+def _score_table(scores: Scores) -> str:
+    names = {"heads": "heads", "mean_face": "mean face", "silence": "silence"}
+    metrics = list(scores.scores["heads"])
+    lines = [
+        f"{scores.split}: {scores.clips} clips, {scores.frames} frames of {len(scores.subjects)} subjects, "
+        f"under {len(scores.styles)} styles",
+        f"{'':<11}" + "".join(f"{_METRICS.get(name, name):>11}" for name in metrics),
+    ]
+    for key, name in names.items():
+        lines.append(f"{name:<11}" + "".join(f"{scores.scores[key][metric]:11.5f}" for metric in metrics))
+    lines.append(f"LVE of the heads is {scores.ratio:.3f} of the mean face's")
+    return "\n".join(lines)
+
+
+_METRICS = {"lve": "LVE", "lve_l2": "LVE (l2)", "ale": "ALE", "ale_l2": "ALE (l2)"}
+
+
+@pmm.command()
+@click.argument("run_path", metavar="RUN", type=PATH)
+@click.argument("audio", type=PATH)
+@click.option("-o", "--out", required=True, type=PATH, help="The Live Link Face CSV to write.")
+@click.option(
+    "--style", default="mean", show_default=True, help="A training subject's style, or the mean of all."
+)
+@click.option("--plot", type=PATH, help="Also draw a few curves over the waveform, to this PNG.")
+@click.option("--against", type=PATH, help="A captured CSV of the same speech, drawn beside the prediction.")
+@_model_options
+@_device
+@_json
+def animate(
+    run_path: Path,
+    audio: Path,
+    out: Path,
+    style: str,
+    plot: Path | None,
+    against: Path | None,
+    device: str,
+    as_json: bool,
+    **models: Any,
+) -> None:
+    """Turn the speech in AUDIO into facial animation: a Live Link Face CSV that Unreal reads."""
+    from pmm.animate.speak import animate_file
+
+    model_set = _resolve(**models) if any(value is not None for value in models.values()) else None
+    done = animate_file(
+        run_path, audio, out, style=style, models=model_set, device=device, picture=plot, captured=against
+    )
+    if as_json:
+        _print_json(done.to_json())
+    else:
+        click.echo(
+            f"{done.frames} frames at {done.fps} fps ({_duration(done.seconds)}) by {done.models}, in {out}"
+        )
+        if plot:
+            click.echo(f"picture in {plot}")
+
+
+@pmm.group()
+def store() -> None:
+    """Look into a feature store and check it."""
+
+
+_store_argument = click.argument("store_path", metavar="STORE", type=PATH)
+
+
+@store.command()
+@_store_argument
+@_json
+def info(store_path: Path, as_json: bool) -> None:
+    """What is in STORE, since when, by whom and how large."""
+    from pmm.store.care import info as summarise
+    from pmm.store.catalog import Store
+
+    summary = summarise(Store.open(store_path))
+    if as_json:
+        _print_json(summary)
+    else:
+        click.echo(_info_text(summary))
+
+
+def _info_text(summary: dict[str, Any]) -> str:
+    lines = [
+        f"store     {summary['path']}, format {summary['format']}, since {_when(summary['created'])}",
+        f"holds     {summary['takes']} takes of {summary['subjects']} subjects, {summary['clips']} clips, "
+        f"{_duration(summary['hours'] * 3600)}, {_size(summary['bytes'])}",
+    ]
+    for one in summary["datasets"]:
+        lines.append(f"dataset   {one['dataset']}: {one['takes']} takes of {len(one['subjects'])} subjects")
+    for one in summary["features"]:
+        shape = "x".join(map(str, one["shape"]))
+        lines.append(
+            f"{one['modality']:<9} {one['spec'][:12]} {shape:>8} {one['dtype']:<8}{one['clips']:6d} clips "
+            f"{_size(one['bytes']):>9}, {one['fragments']} fragments, last {_when(one['last_written'])} "
+            f"by {', '.join(one['writers'])}, {_made_with(one)}"
+        )
+    lines += [f"failed    {one['source']}: {one['reason']}" for one in summary["failures"]]
+    lines += [f"problem   {where}: {reason}" for where, reason in summary["problems"].items()]
+    return "\n".join(lines)
+
+
+def _made_with(feature: dict[str, Any]) -> str:
+    if feature["modality"] == "target":
+        return str(feature["algorithm"])
+    return ", ".join(sorted({made.get("label", "?") for made in feature["made_with"]}))
+
+
+def _when(iso: str) -> str:
+    return iso[:16].replace("T", " ") + " UTC" if iso else "-"
+
+
+@store.command()
+@_store_argument
+@_json
+def ls(store_path: Path, as_json: bool) -> None:
+    """The takes in STORE, one a line, with the modalities each has."""
+    from pmm.store.care import contents
+    from pmm.store.catalog import Store
+    from pmm.store.feature import MODALITIES
+
+    for take, present in (found := contents(Store.open(store_path))):
+        if not as_json:
+            has = " ".join(name if name in present else "-" * len(name) for name in MODALITIES)
+            click.echo(f"{take.id[:12]} {take.clip.seconds:8.2f} s  {has}  {take.subject:<10} {take.source}")
+    if as_json:
+        _print_json([{**take.to_json(), "modalities": list(present)} for take, present in found])
+
+
+@store.command()
+@_store_argument
+@_json
+def verify(store_path: Path, as_json: bool) -> None:
+    """Read every byte of STORE and check it against its checksum; exit 3 if anything is damaged."""
+    from pmm.store.care import verify as check
+    from pmm.store.catalog import Store
+
+    with _bar(0, "B", "verifying", unit_scale=True) as bar:
+        report = check(Store.open(store_path), lambda event: _reach(bar, event.done_bytes, event.total_bytes))
+    for damage in report.damaged:
+        clips = ", ".join(damage.sources or [row[:12] for row in damage.rows])
+        click.echo(
+            f"pmm: damaged: {damage.where}: {damage.reason}" + (f"; clips: {clips}" if clips else ""),
+            err=True,
+        )
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        click.echo(
+            f"{'clean' if report.clean else 'damaged'}: read {report.fragments} fragments, "
+            f"{report.objects} objects, {report.rows} rows, {_size(report.bytes)}"
+            + (f"; {report.orphans} unfinished fragments of killed writers" if report.orphans else "")
+        )
+    if not report.clean:
+        raise click.exceptions.Exit(FAILED_CLIPS)
+
+
+def _reach(bar: tqdm, done: float, total: float) -> None:
+    bar.total = total
+    bar.update(done - bar.n)
+
+
+@pmm.command()
+@click.option(
+    "--dir", "folder", type=PATH, default=Path("pmm-demo"), show_default=True, help="Where to put it all."
+)
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=6.0, show_default=True)
+@click.option("--epochs", type=click.IntRange(1), help="[default: the preset's]")
+@_seed
+@_device
+def demo(folder: Path, minutes: float, epochs: int | None, seed: int, device: str) -> None:
+    """All of it in sequence, on a small corpus made on the spot: speech, features, heads, score, curves.
+
+    Run it again: what is cached stays cached, and a new run is fitted beside the first.
+    """
+    corpus, features = folder / "corpus", folder / "store"
+    run = _unused(folder / "run")
+    took: list[tuple[str, float]] = []
+
+    def step(*args: object) -> None:
+        command = [str(arg) for arg in args if arg is not None]
+        click.secho(f"\n$ pmm {shlex.join(command)}", bold=True)
+        began = time.perf_counter()
+        code = pmm.main(command, prog_name="pmm", standalone_mode=False)
+        took.append((command[0], time.perf_counter() - began))
+        click.echo(f"  ({took[-1][1]:.1f} s)")
+        if code:
+            raise click.exceptions.Exit(code)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if (corpus / "subjects.csv").exists():
+        click.echo(f"the corpus is in {corpus} already")
+    else:
+        step("synth", corpus, "--minutes", f"{minutes:g}", "--subjects", 10, "--seed", seed)
+    step("precompute", corpus, "--store", features, "--device", device)
+    step("store", "info", features)
+    chosen = () if epochs is None else ("--epochs", epochs)
+    step("fit", features, "--run", run, "--seed", seed, "--device", device, *chosen)
+    take = _test_take(run, features, corpus)
+    csv, picture = _unused(folder / f"{take.stem}.csv"), _unused(folder / f"{take.stem}.png")
+    captured = take.with_suffix(".csv")
+    step("animate", run, take, "-o", csv, "--plot", picture, "--against", captured, "--device", device)
+    step("eval", run, "--device", device)
+    times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in took)
+    click.echo(f"\ncurves    {csv} (Live Link Face: import it in Unreal)\npicture   {picture}")
+    click.echo(f"time      {sum(seconds for _, seconds in took):.0f} s: {times}")
+
+
+def _unused(path: Path) -> Path:
+    """``path``, or the first of path-2, path-3, ... that is not there."""
+    candidates = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return path if not path.exists() else next(one for one in candidates if not one.exists())
+
+
+def _test_take(run: Path, features: Path, corpus: Path) -> Path:
+    """The sound of a take whose subject the run never saw."""
+    from pmm.store.catalog import Store
+    from pmm.train.run import read_config
+
+    tested = {take for takes in read_config(run)["split"]["test"].values() for take in takes}
+    source = min(take.source for take in Store.open(features).takes() if take.id in tested)
+    return corpus / f"{source}.wav"

@@ -39,6 +39,7 @@ class Work:
 
     clip: Clip
     audio: Path
+    source: str
     features: frozenset[str]
     targets: tuple[Source, ...]
 
@@ -151,7 +152,7 @@ def _work(group: Sequence[Source], missing: Mapping[str, set[str]]) -> Work:
     clip = group[0].take.clip
     features = frozenset(m for m, rows in missing.items() if m != "target" and clip.id in rows)
     targets = {s.take.target: s for s in reversed(group) if s.take.target in missing.get("target", ())}
-    return Work(clip, group[0].audio, features, tuple(targets.values()))
+    return Work(clip, group[0].audio, group[0].take.source, features, tuple(targets.values()))
 
 
 def batches(work: Sequence[Work], batch_seconds: float) -> list[tuple[Work, ...]]:

@@ -1,4 +1,4 @@
-"""Fixtures several test files share: the command as users run it, a small corpus, a small store."""
+"""What several test files share: the command as users run it, and small captures made on the spot."""
 
 from __future__ import annotations
 
@@ -6,23 +6,93 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+RATE = 48_000
 
-Pmm = Callable[..., subprocess.CompletedProcess[str]]
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def complaint(self) -> str:
+        """The one line of an error. Fails where there is none, more than one, or a traceback."""
+        assert "Traceback" not in self.err, self.err
+        (line,) = [line for line in self.err.splitlines() if line.startswith("pmm: error: ")]
+        return line.removeprefix("pmm: error: ")
+
+
+@pytest.fixture
+def pmm(capfd: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Run the command line in this process, where torch loads once: ``pmm("store", "info", path)``."""
+    from pmm.cli import main
+
+    def run(*args: object) -> Done:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(arg) for arg in args])
+        printed = capfd.readouterr()
+        return Done(int(stop.value.code or 0), printed.out, printed.err)
+
+    return run
 
 
 @pytest.fixture(scope="session")
-def pmm() -> Pmm:
-    """Run the installed ``pmm`` command in a process of its own: ``pmm("store", "info", path)``."""
+def pmm_process() -> Callable[..., subprocess.Popen[str]]:
+    """Start the installed ``pmm`` command as a process of its own."""
 
-    def run(*args: object, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 300):
+    def start(*args: object, **options: object) -> subprocess.Popen[str]:
         command = [str(Path(sys.executable).parent / "pmm"), *map(str, args)]
-        return subprocess.run(
-            command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(
+            command, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **{**pipes, **options}
         )
 
-    return run
+    return start
+
+
+def babble(seconds: float, seed: int) -> np.ndarray:
+    """Speech-like sound, (n,) int16 at 48 kHz: a buzz whose loudness and colour change like syllables."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(round(seconds * RATE)) / RATE
+    pitch = 110 + 60 * rng.random()
+    loud = np.clip(
+        np.interp(t, np.arange(0, seconds + 1, 0.12), rng.random(int((seconds + 1) / 0.12) + 1)), 0.05, 1
+    )
+    tone = sum(np.sin(2 * np.pi * pitch * k * t + k) / k for k in range(1, 25))
+    return (tone * loud * 4000 + rng.normal(0, 30, len(t))).astype(np.int16)
+
+
+def write_take(root: Path, subject: str, take: str, seconds: float, seed: int) -> Path:
+    """One take in the Live Link Face layout; returns its CSV, the .wav lies beside it."""
+    import soundfile
+
+    from pmm.precompute.datasets import livelink
+
+    folder = root / subject / take
+    folder.mkdir(parents=True)
+    sound = babble(seconds, seed)
+    soundfile.write(folder / f"{take}_{subject}.wav", sound, RATE)
+    rng = np.random.default_rng(seed + 1000)
+    wander = np.cumsum(rng.normal(0, 0.02, (round(seconds * 60), 52)), axis=0)
+    path = folder / f"{take}_{subject}.csv"
+    livelink.write(path, np.clip(0.3 + wander, 0, 1))
+    return path
+
+
+@pytest.fixture
+def captures(tmp_path: Path) -> Path:
+    """Four takes of two subjects, 1.0 to 2.3 s, in ``tmp_path/captures``."""
+    root = tmp_path / "captures"
+    for number, (subject, seconds) in enumerate((("ada", 1.0), ("ada", 1.55), ("bob", 2.3), ("bob", 1.2))):
+        write_take(root, subject, f"take_{number}", seconds, number)
+    return root

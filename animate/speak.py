@@ -1,0 +1,145 @@
+"""Speech in, curves out: the frozen models, then the fitted heads, then a file an artist can open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pmm import AlreadyThere, BadInput
+from pmm.store import clock
+from pmm.store.rig import ARKIT52
+
+if TYPE_CHECKING:
+    from pmm.precompute.models import FrozenModels, ModelSet
+    from pmm.train.run import Run
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Coefficients over time: names (K), values (T, K) float32 in [0, 1], frames per second."""
+
+    names: tuple[str, ...]
+    values: np.ndarray
+    fps: int
+
+
+@dataclass(frozen=True)
+class Animated:
+    """What ``animate_file`` wrote: T frames of curves, in ``out``."""
+
+    out: Path
+    frames: int
+    fps: int
+    seconds: float
+    style: str
+    models: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "frames": self.frames,
+            "fps": self.fps,
+            "seconds": round(self.seconds, 3),
+            "style": self.style,
+            "models": self.models,
+        }
+
+
+def animate_file(
+    run_path: Path,
+    audio: Path,
+    out: Path,
+    *,
+    style: str = "mean",
+    models: ModelSet | None = None,
+    device: str = "auto",
+    picture: Path | None = None,
+    captured: Path | None = None,
+) -> Animated:
+    """Animate one audio file with the heads of a run; writes a Live Link Face CSV, and a picture if asked.
+
+    style     a training subject, or "mean": the average of their style embeddings
+    models    the frozen models; None for those the run was fitted with, where they lay then
+    captured  a Live Link Face CSV of the same speech, drawn beside the prediction
+
+    Raises AlreadyThere if ``out`` or ``picture`` exists, and BadInput or NotFound for a run, audio,
+    style or models that cannot be used. Nothing is written unless all of it can be.
+    """
+    from pmm.precompute import media
+    from pmm.precompute.datasets import livelink
+    from pmm.train.run import load_run
+
+    _refuse_existing(out, picture)
+    run = load_run(run_path, device)
+    run.style_vector(style)
+    clip = media.probe(audio)
+    true = None if captured is None else _captured(captured, run.fps)
+    frozen = _frozen_models(run, models, device)
+    wave = media.decode(audio, clip)
+    frames = clock.frames(clip.samples, clip.rate, run.fps)
+    curves = speak(run, features(frozen, wave, frames), style, frames)
+    livelink.write(out, curves.values, names=curves.names, fps=curves.fps)
+    if picture is not None:
+        from pmm.animate.picture import draw
+
+        draw(picture, wave, curves, true, f"{audio.name}, style {style}, {frozen.label}")
+    return Animated(out, frames, run.fps, clip.seconds, style, frozen.label)
+
+
+def features(models: FrozenModels, wave: np.ndarray, frames: int) -> dict[str, np.ndarray]:
+    """What the models say of a wave (n,) at 16 kHz: audio (S, D), text (S, V), image (T, 96, 96, 3)."""
+    heard = models.speech([wave])[0]
+    if isinstance(heard, Exception):
+        raise heard
+    return {"audio": heard.audio, "text": heard.text, "image": models.lips(wave, frames)}
+
+
+def speak(run: Run, native: Mapping[str, np.ndarray], style: str, frames: int) -> Curves:
+    """Curves of one clip from its native features (see ``features``), T = ``frames``."""
+    from pmm.train.run import predict
+
+    used = {name: values for name, values in native.items() if name in run.specs}
+    return Curves(run.names, np.clip(predict(run, used, style, frames), 0, 1), run.fps)
+
+
+def _refuse_existing(*paths: Path | None) -> None:
+    for path in paths:
+        if path is not None and path.exists():
+            raise AlreadyThere(f"{path} already exists and nothing is overwritten; choose another name")
+        if path is not None and not path.parent.is_dir():
+            raise BadInput(f"{path.parent} is no folder; make it first, or write {path.name} elsewhere")
+
+
+def _captured(path: Path, fps: int) -> Curves:
+    from pmm.precompute.datasets import livelink
+
+    return Curves(ARKIT52, livelink.read_targets(path, fps).values, fps)
+
+
+def _frozen_models(run: Run, models: ModelSet | None, device: str) -> FrozenModels:
+    """The models ``run`` was fitted with; refused (BadInput) if their features are not the very same."""
+    from pmm.precompute.models import ModelSet, load
+
+    if models is None:
+        made = [
+            one for name in run.specs if name != "target" for one in run.config["made_with"].get(name, [])
+        ]
+        try:
+            models = ModelSet(**next(one["models"] for one in made if "models" in one))
+        except (StopIteration, TypeError):
+            raise BadInput(
+                f"the run in {run.path} does not say which models made its features; name them by --models"
+            ) from None
+    frozen = load(models, fps=run.fps, device=device)
+    for name, spec in run.specs.items():
+        if name != "target" and frozen.specs[name].id != spec.id:
+            raise BadInput(
+                f"{frozen.label} makes {name} features {frozen.specs[name].id[:12]}, and the run in "
+                f"{run.path} was fitted on {spec.id[:12]} (other weights, face or rate); name the models it "
+                "was fitted with by --models, --lips and --face"
+            )
+    return frozen

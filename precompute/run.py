@@ -1,0 +1,301 @@
+"""Carry out a plan: hear each clip once, publish what the frozen models say of it.
+
+Everything that is published stays published: a run that is killed is run again and computes only
+what is missing. One bad clip never stops the others; it leaves a Failure.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pmm import BadInput, PmmError
+from pmm.precompute import media
+from pmm.precompute.datasets import livelink
+from pmm.precompute.plan import Plan, Source, Work, batches
+from pmm.precompute.survey import Survey, one_line
+from pmm.store import clock
+from pmm.store.catalog import Failure, Store
+from pmm.store.clip import target_id
+from pmm.store.feature import FeatureSpec
+
+if TYPE_CHECKING:
+    from pmm.precompute.models import FrozenModels
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a batch is full and when a fragment closes."""
+
+    batch_seconds: float = 60.0
+    fragment_bytes: int = 512 << 20
+    fragment_seconds: float = 600.0
+
+
+@dataclass(frozen=True)
+class ClipDone:
+    """Event: one clip is computed (published with its fragment). ``seconds`` of audio."""
+
+    clip: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ClipFailed:
+    """Event: one clip was set aside."""
+
+    failure: Failure
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Published:
+    """Event: a fragment is in the store for good."""
+
+    modality: str
+    rows: int
+    bytes: int
+
+
+Event = ClipDone | ClipFailed | Published
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did: clips computed, rows published by modality, fragments, bytes, failures."""
+
+    clips: int
+    rows: Mapping[str, int]
+    fragments: int
+    bytes: int
+    failures: tuple[Failure, ...]
+    clipped: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "clips": self.clips,
+            "rows": dict(self.rows),
+            "fragments": self.fragments,
+            "bytes": self.bytes,
+            "clipped_values": self.clipped,
+            "failures": [
+                {"source": one.source, "stage": one.stage, "reason": one.reason} for one in self.failures
+            ],
+        }
+
+
+class Outbox:
+    """Rows waiting to be published, one fragment in the making per spec."""
+
+    def __init__(
+        self, store: Store, made_with: Mapping[str, Any], limits: Limits, on_event: Callable[[Event], None]
+    ):
+        self.store, self.made_with, self.limits, self.on_event = store, made_with, limits, on_event
+        self.rows: dict[str, int] = {}
+        self.fragments = 0
+        self.bytes = 0
+        self._waiting: dict[str, tuple[FeatureSpec, list[tuple[str, np.ndarray]]]] = {}
+        self._since = time.monotonic()
+
+    def add(self, spec: FeatureSpec, row_id: str, values: np.ndarray) -> None:
+        _, rows = self._waiting.setdefault(spec.id, (spec, []))
+        rows.append((row_id, values))
+        if sum(array.nbytes for _, array in rows) >= self.limits.fragment_bytes:
+            self._publish(spec.id)
+
+    def tick(self) -> None:
+        """Close every fragment once the oldest row has waited ``fragment_seconds``."""
+        if time.monotonic() - self._since >= self.limits.fragment_seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        for spec_id in list(self._waiting):
+            self._publish(spec_id)
+        self._since = time.monotonic()
+
+    def _publish(self, spec_id: str) -> None:
+        spec, rows = self._waiting[spec_id]
+        self.store.publish(spec, rows, self.made_with)
+        del self._waiting[spec_id]
+        size = sum(array.nbytes for _, array in rows)
+        self.rows[spec.modality] = self.rows.get(spec.modality, 0) + len(rows)
+        self.fragments += 1
+        self.bytes += size
+        self.on_event(Published(spec.modality, len(rows), size))
+
+
+def publish_listings(store: Store, survey: Survey) -> int:
+    """Write down which takes each folder holds; returns how many listings were new."""
+    return sum(
+        store.publish_takes(listing.dataset, [source.take for source in listing.sources], listing.origin)
+        for listing in survey.listings
+    )
+
+
+def execute(
+    plan: Plan,
+    store: Store,
+    models: FrozenModels | None,
+    *,
+    earlier_failures: Sequence[Failure] = (),
+    limits: Limits = Limits(),
+    on_event: Callable[[Event], None] = lambda _: None,
+) -> Outcome:
+    """Compute and publish the work of ``plan``.
+
+    models            the frozen models whose specs the plan was made with; None if only targets are missing
+    earlier_failures  what the survey could not use: recorded durably with this run's own failures
+
+    Interrupted (KeyboardInterrupt), it publishes what is computed, records the failures and re-raises.
+    """
+    made_with = {} if models is None else models.description
+    run = _Run(plan, store, models, Outbox(store, made_with, limits, on_event), on_event)
+    run.failures += earlier_failures
+    try:
+        for batch, waves in _decoded(batches(plan.work, limits.batch_seconds)):
+            run.batch(batch, waves)
+            run.outbox.tick()
+    finally:
+        run.outbox.flush()
+        if run.failures:
+            store.publish_failures(run.failures)
+    box = run.outbox
+    return Outcome(run.clips, box.rows, box.fragments, box.bytes, tuple(run.failures), run.clipped)
+
+
+Decoded = Mapping[str, np.ndarray | Exception]
+
+
+def _decoded(todo: Sequence[tuple[Work, ...]]) -> Iterator[tuple[tuple[Work, ...], Decoded]]:
+    """Each batch with its audio by clip id, (n,) float32 at 16 kHz, decoded one batch ahead of the models."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead: Future[Decoded] | None = None
+        for index, batch in enumerate(todo):
+            waves = (ahead or pool.submit(_decode_batch, batch)).result()
+            ahead = pool.submit(_decode_batch, todo[index + 1]) if index + 1 < len(todo) else None
+            yield batch, waves
+
+
+def _decode_batch(batch: Sequence[Work]) -> Decoded:
+    return {item.clip.id: _try_decode(item) for item in batch if item.features}
+
+
+def _try_decode(item: Work) -> np.ndarray | Exception:
+    try:
+        return media.decode(item.audio, item.clip)
+    except (PmmError, OSError) as error:
+        return error
+
+
+class _Run:
+    def __init__(
+        self,
+        plan: Plan,
+        store: Store,
+        models: FrozenModels | None,
+        outbox: Outbox,
+        on_event: Callable[[Event], None],
+    ):
+        self.specs = {share.spec.modality: share.spec for share in plan.shares}
+        self.store, self.models, self.outbox, self.on_event = store, models, outbox, on_event
+        self.failures: list[Failure] = []
+        self.clips = 0
+        self.clipped = 0
+
+    def batch(self, batch: Sequence[Work], waves: Decoded) -> None:
+        """One batch: face tracks first (cheap; a bad one saves its clip the models), then the models."""
+        self.store.refresh()
+        batch = [fresh for item in batch if (fresh := self._still_missing(item))]
+        failed: dict[str, Failure] = {}
+        for item in batch:
+            for source in item.targets:
+                if (failure := self._target(item, source)) is not None:
+                    failed[item.clip.id] = failure
+        heard = [item for item in batch if item.features and item.clip.id not in failed]
+        failed.update(self._features(heard, waves))
+        for item in batch:
+            if (failure := failed.get(item.clip.id)) is None:
+                self.clips += 1
+                self.on_event(ClipDone(item.clip.id, item.clip.seconds))
+            else:
+                self.failures.append(failure)
+                self.on_event(ClipFailed(failure, item.clip.seconds))
+
+    def _still_missing(self, item: Work) -> Work | None:
+        """The part of ``item`` that no other writer has published since the plan was made."""
+        has = self.store.has
+        features = frozenset(m for m in item.features if not has(self.specs[m].id, item.clip.id))
+        targets = tuple(s for s in item.targets if not has(self.specs["target"].id, s.take.target or ""))
+        return replace(item, features=features, targets=targets) if features or targets else None
+
+    def _target(self, item: Work, source: Source) -> Failure | None:
+        spec = self.specs["target"]
+        assert source.target is not None
+        assert source.take.target is not None
+        assert spec.fps is not None
+        try:
+            data = livelink.read_bytes(source.target)
+            if target_id(item.clip, data) != source.take.target:
+                raise BadInput(
+                    f"{source.target} changed while the run was under way; run pmm precompute again"
+                )
+            track = livelink.read_targets(source.target, spec.fps, data=data)
+            livelink.check_durations(item.clip, track, source.audio, source.target)
+        except (PmmError, OSError) as error:
+            return Failure(item.clip.id, source.take.source, "target", one_line(error))
+        self.clipped += track.clipped
+        self.outbox.add(spec, source.take.target, track.values)
+        return None
+
+    def _features(self, items: Sequence[Work], waves: Decoded) -> dict[str, Failure]:
+        """Run the frozen models on the clips of one batch; returns the failures by clip id."""
+        failed: dict[str, Failure] = {}
+        ready: list[tuple[Work, np.ndarray]] = []
+        for item in items:
+            wave = waves[item.clip.id]
+            if isinstance(wave, Exception):
+                failed[item.clip.id] = _failure(item, "decode", wave)
+            else:
+                ready.append((item, wave))
+        if self.models is None or not ready:
+            return failed
+        for (item, wave), values in zip(ready, self._hear(ready)):
+            try:
+                rows = {**self._paint(item, wave), **_unwrap(values)}
+            except (PmmError, OSError) as error:
+                failed[item.clip.id] = _failure(item, "features", error)
+                continue
+            for modality in sorted(item.features):
+                self.outbox.add(self.specs[modality], item.clip.id, rows[modality])
+        return failed
+
+    def _hear(self, ready: Sequence[tuple[Work, np.ndarray]]) -> list[dict[str, np.ndarray] | Exception]:
+        """Audio (S, D) and text (S, V) of every clip in the batch, or what went wrong with it."""
+        assert self.models is not None
+        if not any(item.features & {"audio", "text"} for item, _ in ready):
+            return [{} for _ in ready]
+        heard = self.models.speech([wave for _, wave in ready])
+        return [v if isinstance(v, Exception) else {"audio": v.audio, "text": v.text} for v in heard]
+
+    def _paint(self, item: Work, wave: np.ndarray) -> dict[str, np.ndarray]:
+        """Lip frames (T, 96, 96, 3) of one clip."""
+        if self.models is None or "image" not in item.features:
+            return {}
+        fps = self.specs["image"].fps
+        assert fps is not None
+        return {"image": self.models.lips(wave, clock.frames(item.clip.samples, item.clip.rate, fps))}
+
+
+def _unwrap(values: dict[str, np.ndarray] | Exception) -> dict[str, np.ndarray]:
+    if isinstance(values, Exception):
+        raise values
+    return values
+
+
+def _failure(item: Work, stage: str, error: BaseException) -> Failure:
+    return Failure(item.clip.id, item.source, stage, one_line(error))

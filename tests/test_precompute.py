@@ -1,0 +1,337 @@
+"""Precompute as users see it: hits and misses, kills, damage, one bad clip among good ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from pmm.store.catalog import Store
+
+Run = Callable[..., Any]
+
+
+def precompute(pmm: Run, dataset: Path, store: Path, *options: object) -> dict[str, Any]:
+    done = pmm("precompute", dataset, "--store", store, "--json", *options)
+    assert done.code == 0, done.err
+    return json.loads(done.out)
+
+
+def missing(report: dict[str, Any]) -> dict[str, int]:
+    return {modality: share["missing"] for modality, share in report["plan"]["features"].items()}
+
+
+@pytest.fixture
+def filled(pmm: Run, captures: Path, tmp_path: Path) -> Path:
+    store = tmp_path / "store"
+    report = precompute(pmm, captures, store)
+    assert report["outcome"]["rows"] == {"audio": 4, "text": 4, "image": 4, "target": 4}
+    return store
+
+
+ALL_HIT = {"audio": 0, "text": 0, "image": 0, "target": 0}
+
+
+def test_second_run_computes_nothing_and_says_so(pmm: Run, captures: Path, filled: Path) -> None:
+    before = sorted(path for path in filled.rglob("*") if path.is_file())
+    done = pmm("precompute", captures, "--store", filled)
+    assert (done.code, done.out) == (0, f"nothing to compute: all 4 clips are in {filled}\n")
+    assert done.err.count("all cached") == 4
+    assert sorted(path for path in filled.rglob("*") if path.is_file()) == before
+
+
+def test_rows_are_what_the_clock_says_and_takes_are_listed(filled: Path) -> None:
+    store = Store.open(filled)
+    specs = {spec.modality: name for name, spec in store.specs.items()}
+    takes = store.takes()
+    assert sorted((take.subject, take.source) for take in takes) == [
+        ("ada", "ada/take_0/take_0_ada"),
+        ("ada", "ada/take_1/take_1_ada"),
+        ("bob", "bob/take_2/take_2_bob"),
+        ("bob", "bob/take_3/take_3_bob"),
+    ]
+    for take in takes:
+        frames = round(take.clip.seconds * 30 + 1e-9)
+        assert store.read(specs["image"], take.clip.id).shape == (frames, 96, 96, 3)
+        assert store.read(specs["target"], take.target).shape == (frames, 52)
+        steps = (round(take.clip.seconds * 16000) - 400) // 320 + 1
+        assert len(store.read(specs["audio"], take.clip.id)) == steps
+        assert len(store.read(specs["text"], take.clip.id)) == steps
+
+
+def test_another_folder_other_names_and_flac_are_hits(
+    pmm: Run, captures: Path, filled: Path, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere" / "renamed"
+    for number, wav in enumerate(sorted(captures.rglob("*.wav"))):
+        folder = elsewhere / f"person{number // 2}" / f"clip_{number}"
+        folder.mkdir(parents=True)
+        sound, rate = soundfile.read(wav, dtype="int16")
+        stem = folder / f"clip_{number}_person{number // 2}"
+        soundfile.write(stem.with_suffix(".flac"), sound, rate)
+        shutil.copy(wav.with_suffix(".csv"), stem.with_suffix(".csv"))
+    assert missing(precompute(pmm, elsewhere, filled)) == ALL_HIT
+
+
+def test_one_edited_cell_recomputes_its_targets_and_nothing_else(
+    pmm: Run, captures: Path, filled: Path
+) -> None:
+    path = captures / "ada" / "take_0" / "take_0_ada.csv"
+    lines = path.read_text().splitlines()
+    cells = lines[7].split(",")
+    cells[20] = "0.1234500000"
+    lines[7] = ",".join(cells)
+    path.write_text("\n".join(lines) + "\n")
+    report = precompute(pmm, captures, filled)
+    assert missing(report) == {**ALL_HIT, "target": 1}
+    assert report["outcome"]["rows"] == {"target": 1}
+    assert len(Store.open(filled).takes()) == 4
+
+
+def test_another_face_or_rate_is_another_feature(
+    pmm: Run, captures: Path, filled: Path, tmp_path: Path
+) -> None:
+    portrait = tmp_path / "face.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), np.uint8)).save(portrait)
+    plan = precompute(pmm, captures, filled, "--face", portrait, "--dry-run")
+    assert missing(plan) == {**ALL_HIT, "image": 4}
+    plan = precompute(pmm, captures, filled, "--fps", 25, "--dry-run")
+    assert missing(plan) == {**ALL_HIT, "image": 4, "target": 4}
+    plan = precompute(pmm, captures, filled, "--audio-layer", 3, "--dry-run")
+    assert missing(plan) == {**ALL_HIT, "audio": 4}
+
+
+def test_features_do_not_depend_on_the_batch(pmm: Run, captures: Path, filled: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    precompute(pmm, captures, alone, "--batch-seconds", 1)
+    together, single = Store.open(filled), Store.open(alone)
+    assert together.specs.keys() == single.specs.keys()
+    for name, spec in together.specs.items():
+        rows = together.rows(name)
+        assert rows == single.rows(name)
+        for row in rows:
+            ours, theirs = (store.read(name, row).astype(np.float64) for store in (together, single))
+            if spec.modality in ("image", "target"):
+                np.testing.assert_array_equal(ours, theirs)
+            else:
+                assert (np.abs(ours - theirs) <= 1e-3 * np.maximum(1, np.abs(theirs))).all()
+
+
+def test_a_kill_loses_nothing_and_nothing_is_published_twice(
+    pmm: Run, pmm_process: Run, captures: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    command = ("precompute", captures, "--store", store, "--fragment-mb", "0.01", "--batch-seconds", 1)
+    kills = 0
+    for wanted in (1, 4, 9):  # kill once so many records are there: between the first write and the last
+        process = pmm_process(*command)
+        while process.poll() is None and len(records(store)) < wanted:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL and 0 < len(published(store)) < 16
+        assert pmm("store", "verify", store).code == 0
+    assert kills == 3
+    survivors, kept = records(store), published(store)
+    report = precompute(pmm, captures, store, "--fragment-mb", "0.01")
+    assert 0 < sum(report["outcome"]["rows"].values()) == 16 - len(kept)
+    assert survivors < records(store)
+    assert kept < published(store)
+    assert len(published(store)) == 16
+    assert set(published(store).values()) == {1}
+    assert pmm("store", "verify", store).code == 0
+
+
+def records(store: Path) -> set[Path]:
+    return set(store.glob("records/*/*.json"))
+
+
+def published(store: Path) -> Counter[tuple[str, str]]:
+    """How often each (spec, row) was published."""
+    return Counter((one.spec_id, row) for one in Store.open(store).fragments() for row in one.row_ids)
+
+
+def test_an_interrupt_keeps_what_was_computed_and_exits_130(
+    pmm_process: Run, captures: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    process = pmm_process(
+        "precompute", captures, "--store", store, "--fragment-mb", "0.01", "--batch-seconds", 1
+    )
+    while process.poll() is None and not records(store):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "run the same command again" in err
+    assert records(store)
+
+
+# ---------------------------------------------------------------- what people have in their folders
+
+
+def spoil_wav(path: Path, kind: str) -> None:
+    sound, rate = soundfile.read(path, dtype="int16")
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "no samples":
+        soundfile.write(path, sound[:0], rate)
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-20_000])
+    elif kind == "all zero":
+        soundfile.write(path, sound * 0, rate)
+    elif kind == "short":
+        soundfile.write(path, sound[: rate // 10], rate)
+    elif kind == "not audio":
+        path.write_bytes(b"this is no sound at all" * 40)
+    elif kind == "other length":
+        soundfile.write(path, sound[: len(sound) // 2], rate)
+
+
+def spoil_csv(path: Path, kind: str) -> None:
+    lines = path.read_text().splitlines()
+    names = lines[0].split(",")
+    jaw = names.index("JawOpen")
+    if kind == "column":
+        names[jaw] = "JawAjar"
+        lines[0] = ",".join(names)
+    elif kind in ("text", "nan"):
+        cells = lines[9].split(",")
+        cells[jaw] = {"text": "wide", "nan": "nan"}[kind]
+        lines[9] = ",".join(cells)
+    elif kind == "no rows":
+        del lines[1:]
+    elif kind == "gap":
+        del lines[20:28]
+    elif kind == "ragged":
+        lines[-1] = lines[-1][:100]
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("empty", "empty"),
+        ("no samples", "0 samples"),
+        ("truncated", "truncated"),
+        ("all zero", "zero"),
+        ("short", "0.2 s"),
+        ("not audio", "audio"),
+        ("other length", "its audio take_3_bob.wav 0.6000 s"),
+    ],
+)
+def test_bad_audio_is_named_and_the_others_go_on(
+    pmm: Run, captures: Path, tmp_path: Path, kind: str, said: str
+) -> None:
+    wav = captures / "bob" / "take_3" / "take_3_bob.wav"
+    spoil_wav(wav, kind)
+    check_one_bad(pmm, captures, tmp_path / "store", "take_3_bob", said)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("column", "JawOpen"),
+        ("text", "row 10, column JawOpen: 'wide'"),
+        ("nan", "row 10, column JawOpen: 'nan'"),
+        ("no rows", "no rows"),
+        ("gap", "gap of 0.150 s after row 20"),
+        ("ragged", "row 73"),
+    ],
+)
+def test_a_bad_face_track_is_named_and_the_others_go_on(
+    pmm: Run, captures: Path, tmp_path: Path, kind: str, said: str
+) -> None:
+    spoil_csv(captures / "bob" / "take_3" / "take_3_bob.csv", kind)
+    check_one_bad(pmm, captures, tmp_path / "store", "take_3_bob", said)
+
+
+def test_a_csv_without_audio_is_named_and_the_others_go_on(pmm: Run, captures: Path, tmp_path: Path) -> None:
+    (captures / "bob" / "take_3" / "take_3_bob.wav").unlink()
+    check_one_bad(pmm, captures, tmp_path / "store", "take_3_bob", "without audio")
+
+
+def check_one_bad(pmm: Run, dataset: Path, store: Path, name: str, said: str) -> None:
+    """One of four clips is bad: exit 3, one line for it, three published, a durable record, and again."""
+    for attempt in (1, 2):
+        done = pmm("precompute", dataset, "--store", store)
+        assert done.code == 3, done.err
+        assert "Traceback" not in done.err
+        (line,) = [line for line in done.err.splitlines() if line.startswith("pmm: failed: ")]
+        assert name in line
+        assert said in line
+        (failure,) = Store.open(store).open_failures()
+        assert failure.attempt == attempt
+        assert failure.reason in line
+    specs = Store.open(store).specs
+    rows = {spec.modality: len(Store.open(store).rows(name)) for name, spec in specs.items()}
+    assert rows == {"audio": 3, "text": 3, "image": 3, "target": 3}
+
+
+def test_a_mended_clip_is_no_open_failure(pmm: Run, captures: Path, tmp_path: Path) -> None:
+    wav = captures / "bob" / "take_3" / "take_3_bob.wav"
+    kept = wav.read_bytes()
+    wav.write_bytes(b"")
+    store = tmp_path / "store"
+    assert pmm("precompute", captures, "--store", store).code == 3
+    wav.write_bytes(kept)
+    assert pmm("precompute", captures, "--store", store).code == 0
+    assert Store.open(store).open_failures() == []
+    assert len(Store.open(store).failures()) == 1
+
+
+def test_folders_that_hold_no_dataset(pmm: Run, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    done = pmm("precompute", tmp_path / "nowhere", "--store", store)
+    assert (done.code, done.complaint) == (1, f"{tmp_path / 'nowhere'}: no such dataset folder")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"x")
+    done = pmm("precompute", tmp_path / "photos", "--store", store)
+    assert done.code == 1
+    assert "no clips found; looked for Live Link Face takes" in done.complaint
+    assert "found 1 .jpg" in done.complaint
+    assert not store.exists()
+
+
+def test_places_that_are_no_store(pmm: Run, captures: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    done = pmm("precompute", captures, "--store", file)
+    assert done.code == 1
+    assert str(file) in done.complaint
+    assert "is a file" in done.complaint
+    assert file.read_text() == "mine"
+    newer = tmp_path / "newer"
+    Store.create(newer)
+    mark = newer / "pmm.json"
+    mark.chmod(0o644)
+    mark.write_text(mark.read_text().replace('"format":1', '"format":2'))
+    done = pmm("precompute", captures, "--store", newer)
+    assert done.code == 1
+    assert "newer" in done.complaint
+    done = pmm("store", "info", tmp_path / "captures")
+    assert done.code == 1
+    assert "no store" in done.complaint
+
+
+def test_mistyped_commands_are_usage_errors(pmm: Run) -> None:
+    for args in (
+        ("precompute",),
+        ("fit", "--run"),
+        ("nonsense",),
+        ("precompute", "x", "--store", "y", "--fps", "0"),
+    ):
+        done = pmm(*args)
+        assert done.code == 2
+        assert "--help" in done.complaint

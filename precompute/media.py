@@ -299,6 +299,13 @@ _MOV = "mov,mp4,m4a"
 _MISSING_TAIL_SECONDS = 0.1  # what a container may announce beyond what its packets hold
 
 
+def _movie(path: Path) -> Any:
+    """Tags in any old encoding are no reason to refuse the sound."""
+    import av
+
+    return av.open(str(path), metadata_errors="replace")
+
+
 @dataclass(frozen=True)
 class _Container:
     """``silence`` samples of zeros stand before the first packet, where the track starts late."""
@@ -318,9 +325,13 @@ class _Container:
         import av
 
         try:
-            with av.open(str(path)) as container:
+            with _movie(path) as container:
                 if not container.streams.audio:
                     raise BadInput(f"{path}: has no audio stream; expected speech")
+                if container.streams.audio[0].codec_context is None:
+                    raise BadInput(
+                        f"{path}: its audio is of a codec that FFmpeg does not know; export it as WAV"
+                    )
                 return cls._survey(path, container)
         except av.error.FFmpegError:
             raise BadInput(
@@ -371,9 +382,7 @@ class _Container:
                 return
 
     def _all_blocks(self) -> Iterator[np.ndarray]:
-        import av
-
-        with av.open(str(self.path)) as container:
+        with _movie(self.path) as container:
             for number, frame in enumerate(container.decode(container.streams.audio[0])):
                 block = frame.to_ndarray()
                 planar = frame.format.is_planar
@@ -394,9 +403,7 @@ class _Container:
         return name(self._packets())
 
     def _packets(self) -> Iterator[bytes]:
-        import av
-
-        with av.open(str(self.path)) as container:
+        with _movie(self.path) as container:
             for packet in container.demux(container.streams.audio[0]):
                 if packet.size:
                     yield bytes(packet)

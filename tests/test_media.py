@@ -168,6 +168,22 @@ def test_streamed_files_that_announce_no_length_are_read_to_their_end(tmp_path):
     assert media.probe(tmp_path / "piped.wav") == media.probe(path)
 
 
+def test_tags_that_are_not_utf_8_are_no_reason_to_refuse(tmp_path):
+    path = tmp_path / "tagged.m4a"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "title of eight"
+        stream = container.add_stream("aac", rate=RATE, layout="mono")
+        frame = av.AudioFrame.from_ndarray(tone()[None], format="s16", layout="mono")
+        frame.rate = RATE
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    plain = media.probe(path)
+    data = path.read_bytes()
+    assert b"title of eight" in data
+    path.write_bytes(data.replace(b"title of eight", "马老师说话了".encode("gbk") + b"  "))
+    assert media.probe(path) == plain
+
+
 def refused(path: Path, *parts: str) -> None:
     with pytest.raises(BadInput) as caught:
         media.probe(path)

@@ -27,7 +27,7 @@ from pmm.store import fragment as fragments
 from pmm.store.clip import Take
 from pmm.store.digest import json_line, sealed, strict_json, unsealed
 from pmm.store.feature import FeatureSpec
-from pmm.store.fragment import CHUNK_BYTES, FORMAT, Fragment, Reader, refuse_newer
+from pmm.store.fragment import CHUNK_BYTES, FORMAT, MALFORMED, Fragment, Reader, refuse_newer
 from pmm.store.medium import LocalMedium, Medium
 
 MARK = "pmm.json"
@@ -442,6 +442,8 @@ class _Table(Generic[T]):
                 self._read(medium, key, found[key], path)
             except PmmError as error:
                 self.problems[key] = str(error)
+            except MALFORMED as error:  # sealed, but not what this folder holds
+                self.problems[key] = f"{path / key} is not what {self._folder}/ holds ({error})"
         return bool(new or known - found.keys())
 
     def _read(self, medium: Medium, key: str, size: int, path: Path) -> None:
@@ -543,12 +545,7 @@ def _sheet(header: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> byt
 def _unsheet(data: bytes, where: str) -> tuple[dict[str, Any], list[Any]]:
     head, newline, body = data.partition(b"\n")
     header = unsealed(head + newline, where)
-    try:
-        refuse_newer(header, where)
-    except pmm.NewerFormat:
-        raise
-    except ValueError as error:
-        raise StoreCorrupt(f"{where}: {error}") from None
+    refuse_newer(header, where)
     if hashlib.sha256(body).hexdigest() != header.get("body"):
         raise StoreCorrupt(f"{where} is not as it was written: its lines do not match their sha256")
     return header, [strict_json(one, where) for one in body.splitlines()]
@@ -556,24 +553,29 @@ def _unsheet(data: bytes, where: str) -> tuple[dict[str, Any], list[Any]]:
 
 def _load_listing(key: str, data: bytes, where: str) -> Listing:
     header, lines = _unsheet(data, where)
-    try:
-        origin = {str(name): str(text) for name, text in header["origin"].items()}
-        people = (str(header["dataset"]), origin, str(header["created"]), tuple(header["replaces"]))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise StoreCorrupt(f"{where} is no listing of takes ({error})") from None
+    origin = {str(name): str(text) for name, text in header["origin"].items()}
+    people = (str(header["dataset"]), origin, str(header["created"]), _texts(header, "replaces"))
     return Listing(_stem(key), *people, tuple(Take.from_json(one, where) for one in lines))
 
 
 def _load_failures(key: str, data: bytes, where: str) -> tuple[Failure, ...]:
     _, lines = _unsheet(data, where)
-    names = Failure.__dataclass_fields__
-    try:
-        return tuple(Failure(**{name: one[name] for name in one if name in names}) for one in lines)
-    except (TypeError, KeyError) as error:
-        raise StoreCorrupt(f"{where} is no list of failures ({error})") from None
+    names = ("key", "source", "stage", "reason", "when")
+    return tuple(
+        Failure(**{name: str(one[name]) for name in names}, attempt=int(one["attempt"])) for one in lines
+    )
 
 
 def _load_removal(key: str, data: bytes, where: str) -> Removal:
     value = unsealed(data, where)
-    hidden = [*value.get("rows", []), *value.get("takes", [])]
-    return Removal(frozenset(map(str, hidden)), tuple(value.get("cancels", [])))
+    refuse_newer(value, where)
+    hidden = frozenset(_texts(value, "rows") + _texts(value, "takes"))
+    return Removal(hidden, _texts(value, "cancels"))
+
+
+def _texts(value: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """A list of strings, which may be left out."""
+    found = value.get(name, [])
+    if not isinstance(found, list):
+        raise TypeError(f"{name} is no list")
+    return tuple(map(str, found))

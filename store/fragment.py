@@ -43,7 +43,7 @@ _FOREIGN_BYTES = 1 << 30
 ID_BYTES = 32
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 HEX64 = re.compile(r"[0-9a-f]{64}")
-_MALFORMED = (KeyError, IndexError, TypeError, ValueError, OverflowError, AttributeError)
+MALFORMED = (KeyError, IndexError, TypeError, ValueError, OverflowError, AttributeError)
 """What reading JSON of another shape than expected raises."""
 MAX_CLIPS = 500_000
 """Clips of one fragment: what keeps its record below RECORD_BYTES."""
@@ -137,7 +137,7 @@ class Fragment:
             people = (str(value["created"]), dict(value["writer"]), dict(value["made_with"]))
         except NewerFormat:
             raise
-        except _MALFORMED as error:
+        except MALFORMED as error:
             raise StoreCorrupt(f"{where} is no record of a fragment ({error})") from None
         return cls(spec_id, value["fragment"], location, ids, lengths, objects, *people)
 
@@ -360,7 +360,7 @@ class Reader:
         heads = {one.path: self._head(one) for one in fragment.objects if not _is_payload(one.path)}
         try:
             self._open(heads)
-        except _MALFORMED as error:
+        except MALFORMED as error:
             raise StoreCorrupt(f"{fragment.folder} does not fit its record ({error})") from None
 
     def rows(self, index: int) -> np.ndarray:

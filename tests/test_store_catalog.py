@@ -11,17 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pmm import AlreadyThere, BadInput, NewerFormat, NotFound, StoreCorrupt
-from pmm.store.care import verify
-from pmm.store.catalog import Failure, Store
+from pmm.store.care import info, verify
+from pmm.store.catalog import Failure, Store, _sheet
 from pmm.store.clip import Take, lossless_clip
-from pmm.store.digest import sealed
+from pmm.store.digest import canonical_json, sealed
 from pmm.store.feature import FeatureSpec
 from pmm.store.medium import LocalMedium
 
 AUDIO = FeatureSpec("audio", "test/1", "float16", (5,), None, {})
 TARGET = FeatureSpec("target", "test/1", "float32", (3,), 30, {})
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 HERE = {"host": "h", "root": "/data", "layout": "livelink"}
 
 
@@ -41,7 +44,7 @@ def take(number, subject="anna", **more):
 @pytest.fixture
 def memory():
     """A folder in memory where there is one: hundreds of fsyncs are quick there."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         yield Path(folder)
 
 
@@ -212,6 +215,48 @@ def test_a_record_that_is_damaged_hides_its_rows_and_nothing_else(path):
     record.unlink()
     fresh.refresh()
     assert dict(fresh.problems) == {}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+ONE = take(1, source="a.wav", dataset="d")
+VALID = {
+    "specs": AUDIO.to_json(),
+    "removed": {"format": 1, "rows": [ONE.clip.id], "takes": [ONE.id], "cancels": []},
+    "damaged": {"format": 1},
+    "failures": {"format": 1},
+    "datasets": {"format": 1, "dataset": "d", "origin": HERE, "created": "", "replaces": []},
+}
+LINES = {
+    "failures": dataclasses.asdict(Failure("path:/x", "/x", "find", "broken", 1, "2020")),
+    "datasets": ONE.to_json(),
+}
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(st.sampled_from(sorted(VALID)), st.data())
+def test_whatever_a_stranger_seals_the_store_opens_and_says_what_is_wrong(folder, data):
+    def changed(valid):
+        return valid | data.draw(st.dictionaries(st.sampled_from(sorted(valid)), JSON, max_size=2))
+
+    with tempfile.TemporaryDirectory(dir=MEMORY) as root:
+        store = Store.create(root)
+        header = changed(VALID[folder])
+        if folder in LINES:
+            key, spelled = f"{folder}/b.jsonl", _sheet(header, [changed(LINES[folder])])
+        else:
+            key = f"{folder}/{AUDIO.id}.json"
+            spelled = canonical_json(header) if folder == "specs" else sealed(header)
+        store.medium.create(key, spelled)
+        fresh = Store.open(root)
+        assert all(reason.startswith(root) and "\n" not in reason for reason in fresh.problems.values())
+        assert len(fresh.takes()) + len(fresh.failures()) + len(fresh.specs) + len(fresh.removed) <= 5
+        assert len(fresh.open_failures()) == len(fresh.failures())
+        assert verify(fresh).clean == (not fresh.problems)
+        json.dumps(info(fresh))
 
 
 def test_reserved_folders_are_honoured(path):

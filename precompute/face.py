@@ -73,8 +73,8 @@ class _Canvas:
         self.image[:] = background
 
     def paint(self, inside: np.ndarray, colour: Colour, strength: float = 1.0) -> None:
-        weight = strength * inside.astype(np.float64)[:, :, None]
-        self.image += weight * (np.array(colour) - self.image)
+        under = self.image[inside]
+        self.image[inside] = under + strength * (np.array(colour) - under)
 
     def ellipse(self, x: float, y: float, width: float, height: float, power: int = 2) -> np.ndarray:
         """Inside a (super-)ellipse with these half sizes."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,7 @@ def _averaging(name: str, shape: tuple[int, ...], gain: float) -> torch.Tensor:
     return (over_inputs / float(np.prod(shape[2:]))).expand(shape).contiguous()
 
 
+@cache
 def speech_checkpoint() -> Checkpoint:
     """The untrained wav2vec2 stand-in: 192 wide, 4 layers, CTC logits over made-up tokens."""
     from transformers import Wav2Vec2Config, Wav2Vec2ForCTC

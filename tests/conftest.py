@@ -65,9 +65,8 @@ def babble(seconds: float, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     t = np.arange(round(seconds * RATE)) / RATE
     pitch = 110 + 60 * rng.random()
-    loud = np.clip(
-        np.interp(t, np.arange(0, seconds + 1, 0.12), rng.random(int((seconds + 1) / 0.12) + 1)), 0.05, 1
-    )
+    moments = np.arange(0, seconds + 0.12, 0.12)
+    loud = np.clip(np.interp(t, moments, rng.random(len(moments))), 0.05, 1)
     tone = sum(np.sin(2 * np.pi * pitch * k * t + k) / k for k in range(1, 25))
     return (tone * loud * 4000 + rng.normal(0, 30, len(t))).astype(np.int16)
 
@@ -95,4 +94,28 @@ def captures(tmp_path: Path) -> Path:
     root = tmp_path / "captures"
     for number, (subject, seconds) in enumerate((("ada", 1.0), ("ada", 1.55), ("bob", 2.3), ("bob", 1.2))):
         write_take(root, subject, f"take_{number}", seconds, number)
+    return root
+
+
+def run_quietly(*args: object) -> None:
+    """A command that must work, for fixtures that outlive one test."""
+    from pmm.cli import main
+
+    with pytest.raises(SystemExit) as stop:
+        main([str(arg) for arg in args])
+    assert not stop.value.code, args
+
+
+@pytest.fixture(scope="session")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``captures`` of five subjects (ten takes), their ``store`` and a ``run`` of two epochs.
+
+    Shared by many tests: read it, copy what you change.
+    """
+    root = tmp_path_factory.mktemp("fitted")
+    for number in range(10):
+        subject = ("ada", "bob", "cyd", "dan", "eve")[number // 2]
+        write_take(root / "captures", subject, f"take_{number}", 1.0 + 0.13 * number, number)
+    run_quietly("precompute", root / "captures", "--store", root / "store")
+    run_quietly("fit", root / "store", "--run", root / "run", "--epochs", 2)
     return root

@@ -25,7 +25,7 @@ from pmm import PmmError, __version__
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from pmm.precompute.models import FrozenModels, ModelSet
+    from pmm.precompute.models import ModelSet
     from pmm.precompute.plan import Plan
     from pmm.precompute.run import Outcome
     from pmm.train.evaluate import Scores
@@ -220,56 +220,52 @@ def precompute(
     What the store already holds is not computed again, whoever put it there. Interrupt it and run
     the same command again: it goes on. Exit 3 when some clips could not be used (each is named).
     """
-    from pmm.precompute.plan import make_plan
-    from pmm.precompute.run import Limits, execute, publish_listings
-    from pmm.precompute.survey import survey
-    from pmm.store.catalog import Store
+    from pmm.precompute.run import Limits
+    from pmm.precompute.run import precompute as run_precompute
 
-    model_set = _resolve(**models)
     with _bar(0, "clip", "reading") as bar:
-        found = survey(datasets, layout, lambda event: _reach(bar, event.done, event.total))
-    store = Store.open_or_create(store_path)
-    frozen = _load(model_set, fps, device)
-    plan = make_plan(found.sources, _specs(frozen, fps), store.has)
-    _show_plan(plan, frozen.label, store_path)
-    outcome = None
-    if not dry_run:
-        publish_listings(store, found)
-        limits = Limits(batch_seconds, round(fragment_mb * 1e6))
-        with _bar(round(sum(item.clip.seconds for item in plan.work), 1), "s", "computing") as bar:
-            outcome = execute(
-                plan,
-                store,
-                frozen,
-                earlier_failures=found.failures,
-                limits=limits,
-                on_event=lambda event: bar.update(getattr(event, "seconds", 0)),
-            )
+        plan, outcome = run_precompute(
+            datasets,
+            store_path,
+            _resolve(**models),
+            fps=fps,
+            device=device,
+            layout=layout,
+            limits=Limits(batch_seconds, round(fragment_mb * 1e6)),
+            dry_run=dry_run,
+            on_event=_PrecomputeProgress(bar),
+        )
     _report(plan, outcome, store_path, as_json)
     if outcome and outcome.failures:
         raise click.exceptions.Exit(FAILED_CLIPS)
 
 
-def _load(model_set: ModelSet, fps: int, device: str) -> FrozenModels:
-    from pmm.precompute.models import load
+class _PrecomputeProgress:
+    """Events of a precompute run: a bar over clips read, the plan, a bar over seconds of audio."""
 
-    return load(model_set, fps=fps, device=device)
+    def __init__(self, bar: tqdm):
+        self.bar = bar
+
+    def __call__(self, event: Any) -> None:
+        kind = type(event).__name__
+        if kind == "Probed":
+            _reach(self.bar, event.done, event.total)
+        elif kind == "Planned":
+            self.bar.clear()
+            _show_plan(event.plan, event.label)
+            self.bar.unit, self.bar.desc = "s", "computing: "
+            self.bar.reset(total=round(sum(item.clip.seconds for item in event.plan.work), 1))
+        elif kind in ("ClipDone", "ClipFailed"):
+            self.bar.update(event.seconds)
 
 
-def _specs(frozen: FrozenModels, fps: int) -> dict[str, Any]:
-    from pmm.precompute.datasets.livelink import target_spec
-
-    return {**frozen.specs, "target": target_spec(fps)}
-
-
-def _show_plan(plan: Plan, label: str, store: Path) -> None:
+def _show_plan(plan: Plan, label: str) -> None:
     subjects = len({(s.take.dataset, s.take.subject) for s in plan.sources})
     _say(
         "found",
         f"{len(plan.sources)} takes of {subjects} subjects, {plan.clips} clips, {_duration(plan.seconds)}",
     )
     _say("models", label)
-    _say("store", str(store))
     for share in plan.shares:
         shape = "x".join(map(str, share.spec.shape))
         todo = (

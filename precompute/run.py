@@ -10,22 +10,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pmm import BadInput, PmmError
 from pmm.precompute import media
-from pmm.precompute.datasets import livelink
-from pmm.precompute.plan import Plan, Source, Work, batches
-from pmm.precompute.survey import Survey, one_line
+from pmm.precompute.datasets import find, livelink
+from pmm.precompute.plan import Plan, Source, Work, batches, make_plan
+from pmm.precompute.survey import Probed, one_line, survey
 from pmm.store import clock
 from pmm.store.catalog import Failure, Store
 from pmm.store.clip import target_id
 from pmm.store.feature import FeatureSpec
 
 if TYPE_CHECKING:
-    from pmm.precompute.models import FrozenModels
+    from pmm.precompute.models import FrozenModels, ModelSet
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,14 @@ class Limits:
     batch_seconds: float = 60.0
     fragment_bytes: int = 512 << 20
     fragment_seconds: float = 600.0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Event: what is about to be done, with models called ``label``."""
+
+    plan: Plan
+    label: str
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ class Published:
     bytes: int
 
 
-Event = ClipDone | ClipFailed | Published
+Event = Probed | Planned | ClipDone | ClipFailed | Published
 
 
 @dataclass(frozen=True)
@@ -129,32 +138,56 @@ class Outbox:
         self.on_event(Published(spec.modality, len(rows), size))
 
 
-def publish_listings(store: Store, survey: Survey) -> int:
-    """Write down which takes each folder holds; returns how many listings were new."""
-    return sum(
+def precompute(
+    folders: Sequence[Path],
+    store_path: Path,
+    models: ModelSet,
+    *,
+    fps: int = 30,
+    device: str = "auto",
+    layout: str | None = None,
+    limits: Limits = Limits(),
+    dry_run: bool = False,
+    on_event: Callable[[Event], None] = lambda _: None,
+) -> tuple[Plan, Outcome | None]:
+    """Cache what ``models`` say of every clip in ``folders``: find, plan, and (unless ``dry_run``) compute.
+
+    What can be refused is refused before anything is read or written: missing folders, a place that
+    is no store, models that cannot be had. Raises PmmError kinds; returns no Outcome for a dry run.
+    """
+    from pmm.precompute.models import load
+
+    founds = [(folder, find(folder, layout)) for folder in folders]
+    fresh = dry_run and not store_path.exists()
+    store = None if fresh else Store.open_or_create(store_path)
+    frozen = load(models, fps=fps, device=device)
+    seen = survey(founds, on_event)
+    specs = {**frozen.specs, "target": livelink.target_spec(fps)}
+    plan = make_plan(seen.sources, specs, lambda spec, row: store is not None and store.has(spec, row))
+    on_event(Planned(plan, frozen.label))
+    if dry_run or store is None:
+        return plan, None
+    for listing in seen.listings:
         store.publish_takes(listing.dataset, [source.take for source in listing.sources], listing.origin)
-        for listing in survey.listings
-    )
+    return plan, execute(plan, store, frozen, seen.failures, limits, on_event)
 
 
 def execute(
     plan: Plan,
     store: Store,
-    models: FrozenModels | None,
-    *,
+    models: FrozenModels,
     earlier_failures: Sequence[Failure] = (),
     limits: Limits = Limits(),
     on_event: Callable[[Event], None] = lambda _: None,
 ) -> Outcome:
     """Compute and publish the work of ``plan``.
 
-    models            the frozen models whose specs the plan was made with; None if only targets are missing
+    models            the frozen models whose specs the plan was made with
     earlier_failures  what the survey could not use: recorded durably with this run's own failures
 
     Interrupted (KeyboardInterrupt), it publishes what is computed, records the failures and re-raises.
     """
-    made_with = {} if models is None else models.description
-    run = _Run(plan, store, models, Outbox(store, made_with, limits, on_event), on_event)
+    run = _Run(plan, store, models, Outbox(store, models.description, limits, on_event), on_event)
     run.failures += earlier_failures
     try:
         for batch, waves in _decoded(batches(plan.work, limits.batch_seconds)):
@@ -197,7 +230,7 @@ class _Run:
         self,
         plan: Plan,
         store: Store,
-        models: FrozenModels | None,
+        models: FrozenModels,
         outbox: Outbox,
         on_event: Callable[[Event], None],
     ):
@@ -262,8 +295,6 @@ class _Run:
                 failed[item.clip.id] = _failure(item, "decode", wave)
             else:
                 ready.append((item, wave))
-        if self.models is None or not ready:
-            return failed
         for (item, wave), values in zip(ready, self._hear(ready)):
             try:
                 rows = {**self._paint(item, wave), **_unwrap(values)}
@@ -276,7 +307,6 @@ class _Run:
 
     def _hear(self, ready: Sequence[tuple[Work, np.ndarray]]) -> list[dict[str, np.ndarray] | Exception]:
         """Audio (S, D) and text (S, V) of every clip in the batch, or what went wrong with it."""
-        assert self.models is not None
         if not any(item.features & {"audio", "text"} for item, _ in ready):
             return [{} for _ in ready]
         heard = self.models.speech([wave for _, wave in ready])
@@ -284,7 +314,7 @@ class _Run:
 
     def _paint(self, item: Work, wave: np.ndarray) -> dict[str, np.ndarray]:
         """Lip frames (T, 96, 96, 3) of one clip."""
-        if self.models is None or "image" not in item.features:
+        if "image" not in item.features:
             return {}
         fps = self.specs["image"].fps
         assert fps is not None

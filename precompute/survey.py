@@ -1,8 +1,9 @@
-"""From dataset folders to sources: find the recordings, name their content, list what cannot be used."""
+"""From recordings to sources: read each, name its content, list what cannot be used."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from pmm import PmmError
 from pmm.precompute import media
-from pmm.precompute.datasets import Recording, find
+from pmm.precompute.datasets import Found, Recording
 from pmm.precompute.datasets.livelink import read_bytes
 from pmm.precompute.plan import Source
 from pmm.store.catalog import Failure
@@ -39,6 +40,8 @@ class Listing:
 
 @dataclass(frozen=True)
 class Survey:
+    """Every usable recording as a Source, by folder, and a Failure for each that is not usable."""
+
     listings: tuple[Listing, ...]
     failures: tuple[Failure, ...]
 
@@ -48,32 +51,27 @@ class Survey:
 
 
 def survey(
-    folders: Sequence[Path], layout: str | None = None, on_event: Callable[[Probed], None] = lambda _: None
+    founds: Sequence[tuple[Path, Found]], on_event: Callable[[Probed], None] = lambda _: None
 ) -> Survey:
-    """Every usable recording of ``folders`` as a Source, and a Failure for each that is not.
-
-    Raises NotFound or BadInput when a folder is missing, is no folder or holds no recording at all.
-    """
-    founds = [(folder, find(folder, layout)) for folder in folders]
+    """Read every recording of the (folder, what was found there) pairs and name its content."""
     total = sum(len(found.recordings) for _, found in founds)
+    failures = [_refusal(folder, *refused) for folder, found in founds for refused in found.refused]
     listings: list[Listing] = []
-    failures: list[Failure] = []
-    done = 0
-    with ThreadPoolExecutor(min(4, (os.cpu_count() or 1))) as pool:
+    done = itertools.count(1)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for folder, found in founds:
-            failures += [_refusal(folder, path, reason) for path, reason in found.refused]
-            dataset = folder.resolve().name
+            label = folder.resolve().name
             sources: list[Source] = []
-            outcomes = pool.map(lambda recording, label=dataset: _probe(recording, label), found.recordings)
-            for recording, outcome in zip(found.recordings, outcomes):
-                done += 1
-                on_event(Probed(done, total, recording.audio))
+            for outcome, recording in zip(
+                pool.map(_probe, found.recordings, itertools.repeat(label)), found.recordings
+            ):
+                on_event(Probed(next(done), total, recording.audio))
                 if isinstance(outcome, Source):
                     sources.append(outcome)
                 else:
                     failures.append(outcome)
             origin = {"host": socket.gethostname(), "root": str(folder.resolve()), "layout": found.layout}
-            listings.append(Listing(dataset, origin, tuple(sources)))
+            listings.append(Listing(label, origin, tuple(sources)))
     return Survey(tuple(listings), tuple(failures))
 
 
@@ -88,12 +86,12 @@ def _probe(recording: Recording, dataset: str) -> Source | Failure:
         clip,
         target,
         recording.subject,
-        dataset,
-        recording.gender,
-        recording.language,
-        recording.text,
-        recording.split,
-        recording.name,
+        dataset=dataset,
+        gender=recording.gender,
+        language=recording.language,
+        text=recording.text,
+        split=recording.split,
+        source=recording.name,
     )
     return Source(take, recording.audio, recording.target)
 

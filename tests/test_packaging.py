@@ -44,7 +44,7 @@ def test_wheel_has_no_stray_top_level_module_and_every_file(wheel: Path) -> None
         for package in sub_packages()
         for path in (ROOT / Path(*package.split(".")[1:])).glob("*.py")
     }
-    data = {f"pmm/{path.relative_to(ROOT)}" for path in (ROOT / "precompute" / "data").glob("*") if path.is_file()}
+    data = {f"pmm/{path.relative_to(ROOT)}" for path in (ROOT / "precompute" / "data").glob("*.*")}
     assert sources | data | {"pmm/__init__.py", "pmm/cli.py"} <= set(names)
     assert not [name for name in names if "tests" in name or "bench" in name]
 

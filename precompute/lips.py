@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pmm import BadInput
 from pmm.precompute import mel as mels
-from pmm.precompute.weights import Tensors, fit, read_tensors, refuse_unexpected
+from pmm.precompute.weights import Tensors, fit, refuse_unexpected
 from pmm.store import clock
 
 ALGORITHM = "wav2lip-frames/1"
@@ -146,20 +145,19 @@ def mel_windows(wave: np.ndarray, frame_count: int, fps: int) -> np.ndarray:
     Exactly ``frame_count`` of them (see ``clock.mel_window_starts``); a wave shorter than 16 columns
     is followed by silence.
     """
+    views, starts = _every_window(wave, frame_count, fps)
+    return np.ascontiguousarray(views[starts])
+
+
+def _every_window(wave: np.ndarray, frame_count: int, fps: int) -> tuple[np.ndarray, np.ndarray]:
+    """A view of the windows from every column (columns, 80, 16), and where each frame's one starts (T,)."""
     short = clock.mel_samples(WINDOW_COLUMNS) - len(wave)
     if short > 0:
         wave = np.pad(wave, (0, short))
     columns = mels.mel_spectrogram(wave)
     starts = clock.mel_window_starts(frame_count, columns.shape[1], fps, WINDOW_COLUMNS)
     views = np.lib.stride_tricks.sliding_window_view(columns, WINDOW_COLUMNS, axis=1)
-    return np.ascontiguousarray(views.transpose(1, 0, 2)[starts])
-
-
-def read_checkpoint(path: Path) -> Tensors:
-    """The tensors of a Wav2Lip checkpoint: an official ``.pth`` or a ``.safetensors`` of the same names."""
-    tensors = read_tensors(path)
-    network_for(tensors, str(path))
-    return tensors
+    return views.transpose(1, 0, 2), starts
 
 
 def network_for(tensors: Tensors, where: str) -> Wav2Lip:
@@ -220,8 +218,7 @@ class LipGenerator:
     def frames(self, wave: np.ndarray, frame_count: int) -> np.ndarray:
         """Lip frames of a 16 kHz ``wave`` (n,): (T, 96, 96, 3) uint8 RGB, ``round(255 x)`` half to even."""
         result = np.empty((frame_count, FACE_SIZE, FACE_SIZE, 3), np.uint8)
-        windows = mel_windows(wave, frame_count, self.fps)
-        for start, count, batch in self._micro_batches(windows):
+        for start, count, batch in self._micro_batches(*_every_window(wave, frame_count, self.fps)):
             with torch.inference_mode(), self._precision():
                 image = self.network.decode(batch.to(self.device), self.face_features)
                 pixels = (image.float() * 255).round_().to(torch.uint8).flip(1).permute(0, 2, 3, 1)
@@ -231,9 +228,10 @@ class LipGenerator:
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
-    def _micro_batches(self, windows: np.ndarray) -> Iterator[tuple[int, int, Tensor]]:
-        for start in range(0, len(windows), self.micro_batch):
-            batch = windows[start : start + self.micro_batch]
+    def _micro_batches(self, views: np.ndarray, starts: np.ndarray) -> Iterator[tuple[int, int, Tensor]]:
+        """First frame, frame count and windows (micro_batch, 1, 80, 16), the last batch filled up."""
+        for first in range(0, len(starts), self.micro_batch):
+            batch = views[starts[first : first + self.micro_batch]]
             missing = self.micro_batch - len(batch)
             filled = np.pad(batch, ((0, missing), (0, 0), (0, 0)))
-            yield start, len(batch), torch.from_numpy(filled)[:, None]
+            yield first, len(batch), torch.from_numpy(filled)[:, None]

@@ -145,27 +145,44 @@ def speech_checkpoint() -> Checkpoint:
 # --- the lip generator ------------------------------------------------------------------------------------
 
 
-def _lips_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+_RESIDUAL_GAIN = 0.3
+"""Each residual block adds little: at 1 the deep decoder scrambles what the sound was."""
+
+_CONTRAST_GAIN = 3.0
+
+
+def _lips_tensor(name: str, shape: tuple[int, ...], residual: bool) -> torch.Tensor:
     if name.endswith("num_batches_tracked"):
         return torch.tensor(1, dtype=torch.int64)
     if len(shape) == 4:
-        output = name == "output_block.1.weight"
-        fan_in = shape[0] * 9 / 4 if _transposed(name) else _fan_in(shape)
-        return _filled(name, shape, (1.0 if output else 2**0.5) / fan_in**0.5)
-    if name.endswith((".weight", "running_var")):  # 1 +- 0.2, so that channels differ
-        return _filled(name, shape, 0.2 if name.endswith(".weight") else 0.0, mean=1.0)
-    return _filled(name, shape, 0.0 if name.endswith("running_mean") else 0.1)
+        return _lips_kernel(name, shape)
+    if name.endswith("running_var"):
+        return torch.ones(shape)
+    if name.endswith("running_mean"):
+        return torch.zeros(shape)
+    if name.endswith(".weight"):
+        return _filled(name, shape, 0.2, mean=1.0) * (_RESIDUAL_GAIN if residual else 1.0)
+    return _filled(name, shape, 0.1)
 
 
-def _transposed(name: str) -> bool:
-    return name.startswith("face_decoder_blocks") and name.split(".")[2] == "0" and ".0.0." not in name
+def _lips_kernel(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    if name == "output_block.1.weight":
+        return _filled(name, shape, _CONTRAST_GAIN / _fan_in(shape) ** 0.5)
+    if name.startswith("audio_encoder"):
+        return _averaging(name, shape, 2**0.5)
+    return _filled(name, shape, (2 / _fan_in(shape)) ** 0.5)  # the scale is BatchNorm's to set
 
 
 def uncalibrated_lips() -> Tensors:
     """The lip generator's tensors before BatchNorm was measured: means 0, variances 1."""
     with torch.device("meta"):
-        expected = lips.Wav2Lip(LIPS_BASE).state_dict()
-    return {name: _lips_tensor(name, tuple(value.shape)) for name, value in expected.items()}
+        network = lips.Wav2Lip(LIPS_BASE)
+    blocks = network.named_modules()
+    residual = tuple(f"{name}." for name, block in blocks if isinstance(block, lips.Conv) and block.residual)
+    return {
+        name: _lips_tensor(name, tuple(value.shape), name.startswith(residual))
+        for name, value in network.state_dict().items()
+    }
 
 
 def lips_tensors() -> Tensors:
@@ -178,7 +195,7 @@ def lips_tensors() -> Tensors:
 def calibrate() -> dict[str, np.ndarray]:
     """BatchNorm means and variances over made speech and the drawn face, by tensor name, float32."""
     network = lips.network_for(uncalibrated_lips(), "the stand-in")
-    windows = torch.from_numpy(lips.mel_windows(made_speech(seconds=24), 360, fps=15))[:, None]
+    windows = torch.from_numpy(lips.mel_windows(made_speech(seconds=24), 120, fps=5))[:, None]
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.train()

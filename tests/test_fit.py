@@ -21,7 +21,7 @@ from pmm.store.catalog import Store
 from pmm.store.clip import Clip, Take
 from pmm.store.feature import FeatureSpec
 from pmm.store.rig import ARKIT52, LIP32
-from pmm.train import data, losses
+from pmm.train import data, losses, protocols
 from pmm.train.evaluate import evaluate
 from pmm.train.heads import Heads, HeadsConfig, preset, valid_frames
 from pmm.train.loop import EpochDone, Schedule, Started, StepDone, learning_rate
@@ -176,6 +176,18 @@ def test_takes_without_features_or_of_other_lengths_are_skipped_and_said(tmp_pat
     assert sorted(one.source for one in result.skipped) == expected
 
 
+def test_a_person_listed_in_two_folders_is_one_identity(tmp_path):
+    """Half of the takes of person0 came under another dataset's label, and one under both."""
+    store = make_store(tmp_path / "store", subjects=3, clips=4)
+    takes = [take for take in store.takes() if take.subject == "person0"]
+    rest = [take for take in store.takes() if take not in takes[2:]]
+    where = {"host": "here", "root": "/there", "layout": "made-up"}
+    store.publish_takes("studio", rest, where)
+    store.publish_takes("copy", takes[1:], {**where, "root": "/elsewhere"})
+    people = protocols.identities(data.listed_takes(store))
+    assert {who: len(own) for who, own in people.items()} == {"person0": 4, "person1": 4, "person2": 4}
+
+
 # --- specs -----------------------------------------------------------------------------------------
 
 
@@ -301,6 +313,8 @@ def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(store, tmp_path, after)
 
     with pytest.raises(Stop):
         fit(store, tmp_path / "broken", options, stop)
+    with (tmp_path / "broken" / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "lo')  # a line that a kill has torn
     kept = [e for e in broken if isinstance(e, EpochDone)]
     resumed = []
     result = fit(store, tmp_path / "broken", FitOptions(), resumed.append, resume=True)
@@ -308,6 +322,10 @@ def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(store, tmp_path, after)
     joined = [e for e in broken if not isinstance(e, Started) and e.epoch <= len(kept)] + resumed
     assert history(joined) == history(whole)
     assert result.epochs == 3
+    whole_lines = [
+        line for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines() if line[-1] == "}"
+    ]
+    assert [json.loads(line)["epoch"] for line in whole_lines] == [1, 2, 3]
     for name in ("best.safetensors", "last.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
 

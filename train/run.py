@@ -278,9 +278,15 @@ def _keep(
         checkpoint.save(path / BEST, heads, state)
     state = State(event.epoch, state.best_epoch, state.best_lve)
     checkpoint.save(path / LAST, heads, state, optimiser)
-    with (path / METRICS).open("a") as file:
-        file.write(json.dumps(asdict(event)) + "\n")
+    _append(path / METRICS, json.dumps(asdict(event)))
     return state
+
+
+def _append(path: Path, line: str) -> None:
+    """Add a line, after closing one that a kill has torn."""
+    with path.open("a+b") as file:
+        torn = file.tell() > 0 and path.read_bytes()[-1:] != b"\n"
+        file.write(b"\n" * torn + line.encode() + b"\n")
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -214,14 +214,19 @@ class LocalMedium:
             _write_all(fd, block)
         with contextlib.suppress(PermissionError):  # disks without modes
             os.fchmod(fd, self._mode() & 0o444)
+        self._fsync(fd, key)
+
+    def _fsync(self, fd: int, key: str) -> None:
         self._before("fsync", key)
-        _fsync(fd)
+        if sys.platform == "darwin":  # where fsync alone stops at the drive's cache
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(fd)
 
     def _sync_folder(self, path: Path) -> None:
-        self._before("fsync", str(path.relative_to(self.root)))
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            _fsync(fd)
+            self._fsync(fd, str(path.relative_to(self.root)))
         finally:
             os.close(fd)
 
@@ -259,13 +264,6 @@ class LocalMedium:
         refused = MediumError(f"cannot {doing} {self.root / key}: {reason}")
         refused.errno = error.errno
         return refused
-
-
-def _fsync(fd: int) -> None:
-    if sys.platform == "darwin":  # where fsync alone stops at the drive's cache
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-    else:
-        os.fsync(fd)
 
 
 def _write_all(fd: int, block: Buffer) -> None:

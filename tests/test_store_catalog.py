@@ -328,6 +328,30 @@ def test_somebody_elses_bytes_under_our_name_are_an_error_and_stay(path):
     assert record.read_bytes() == b"mine"
 
 
+def test_everything_is_synced_before_the_record_and_the_record_before_the_answer(path):
+    Store.create(path)
+    done = []
+    store = Store(path, LocalMedium(path, before=lambda operation, key: done.append((operation, key))))
+    one = store.publish(AUDIO, some("a"), {}, chunk_bytes=20)
+    link = done.index(("link", one.record))
+    synced = {key: n for n, (operation, key) in enumerate(done[:link]) if operation == "fsync"}
+    filled = {key: n for n, (operation, key) in enumerate(done[:link]) if operation == "write"}
+    named = {
+        key: n for n, (operation, key) in enumerate(done[:link]) if operation in ("open", "mkdir", "link")
+    }
+    assert {f"{one.folder}/{item.path}" for item in one.objects} < filled.keys()
+    assert f"specs/{AUDIO.id}.json" in named
+    for key, n in filled.items():
+        assert n < synced[key], f"{key} is not on the disk when the record is"
+    for key, n in named.items():
+        folder = str(Path(key).parent)
+        assert folder == "tmp" or key.startswith("records") or n < synced[folder], (
+            f"{key} has no durable name"
+        )
+    answered = [key for operation, key in done[link + 1 :] if operation == "fsync"]
+    assert answered == [f"records/{AUDIO.id}", "records", "."]
+
+
 KILLED = """
 import os, signal, sys
 import tempfile

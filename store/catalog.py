@@ -28,7 +28,7 @@ from pmm.store.clip import Take
 from pmm.store.digest import json_line, sealed, strict_json, unsealed
 from pmm.store.feature import FeatureSpec
 from pmm.store.fragment import CHUNK_BYTES, FORMAT, MALFORMED, Fragment, Reader, refuse_newer
-from pmm.store.medium import LocalMedium, Medium
+from pmm.store.medium import LocalMedium, Medium, make_root
 
 MARK = "pmm.json"
 _SHEET_BYTES = 1 << 30
@@ -126,10 +126,7 @@ class Store:
             raise AlreadyThere(
                 f"{path} is a folder with other things in it ({found}); name an empty or a new one"
             )
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadInput(f"cannot make a store at {path}: {error.strerror}") from None
+        make_root(path)
         mark = {"format": FORMAT, "store": uuid4().hex, "created": now(), "pmm": pmm.__version__}
         LocalMedium(path).create(MARK, sealed(mark))
         return cls.open(path)

@@ -82,6 +82,21 @@ def _nothing(operation: str, key: str) -> None:
     """What happens before an operation on the disk, unless a test asks for more."""
 
 
+def make_root(path: Path) -> None:
+    """Makes the folder that is to hold a store, and its name durable. Raises MediumError."""
+    try:
+        new = [one for one in (path, *path.parents) if not one.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        for one in new:
+            fd = os.open(one.parent, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+    except OSError as error:
+        raise MediumError(f"cannot make a store at {path}: {error.strerror}") from None
+
+
 class LocalMedium:
     """A folder on a POSIX disk.
 

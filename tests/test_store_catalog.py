@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmm import AlreadyThere, BadInput, NewerFormat, NotFound, StoreCorrupt
+from pmm import AlreadyThere, BadInput, NewerFormat, NotFound, PmmError, StoreCorrupt
 from pmm.store.care import info, verify
 from pmm.store.catalog import Failure, Store, _sheet
 from pmm.store.clip import Take, lossless_clip
@@ -87,7 +87,7 @@ def test_what_is_no_store_says_what_it_is(path, tmp_path):
         Store.create(tmp_path)
     assert os.listdir(tmp_path) == ["notes.txt"]
     assert file.read_text() == "keep me"
-    with pytest.raises(BadInput, match=r"cannot make a store at .*: Not a directory"):
+    with pytest.raises(PmmError, match=r"cannot make a store at .*: Not a directory"):
         Store.create(file / "below")
 
 

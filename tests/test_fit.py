@@ -385,6 +385,29 @@ def test_nan_in_targets_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        FitOptions(preset="paper", epochs=1, device="cpu"),
+        FitOptions(
+            epochs=1, device="cpu", rig="arkit52", without=("image", "motion"), decoder_input="separate"
+        ),
+    ],
+)
+def test_presets_rigs_and_ablations_fit_and_score(tmp_path, options):
+    store = make_store(tmp_path / "store", subjects=3, clips=1)
+    events = []
+    fit(store, tmp_path / "run", options, events.append)
+    run = load_run(tmp_path / "run")
+    assert run.options == options
+    assert run.heads.config.modalities == options.modalities
+    assert len(run.names) == (52 if options.rig == "arkit52" else 32)
+    assert (events[-1].losses["motion"] == 0) == ("motion" in options.without)
+    assert events[-1].losses["temporal"] > 0
+    scores = evaluate(run, store).scores["heads"]
+    assert all(0 < value < 1 for value in scores.values())
+
+
 def test_a_diverging_run_stops_with_one_line(store, tmp_path):
     with pytest.raises(BadInput, match=r"the loss became (nan|inf) in epoch"):
         fit(store, tmp_path / "run", FitOptions(epochs=9, learning_rate=1e30, device="cpu"))

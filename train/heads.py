@@ -270,7 +270,7 @@ class ImageEncoder(nn.Module):
         dropout: float,
     ):
         super().__init__()
-        self.rows, self.patch = rows, patch
+        self.patch = patch
         height = rows[1] - rows[0]
         self.register_buffer("mean", torch.full((height, size, 3), 127.5))
         self.register_buffer("scale", torch.tensor(127.5))

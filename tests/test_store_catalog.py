@@ -556,3 +556,36 @@ def test_a_failure_is_open_until_something_succeeds_after_it(path):
     store.publish_failures([dataclasses.replace(one, when=late) for one in (file, wave, track)])
     assert still_open() == {"probe", "features", "target"}
     assert len(store.failures()) == 6
+
+
+TWO_PEOPLE = """
+import os, sys
+import numpy as np, zarr.storage  # while we may still read it
+from pmm.store.care import verify
+from pmm.store.catalog import Store
+from pmm.store.feature import FeatureSpec
+
+team, path = 54321, sys.argv[1]
+os.mkdir(path)
+os.chown(path, -1, team)
+os.chmod(path, 0o2775)
+spec = FeatureSpec("audio", "test/1", "float16", (5,), None, {})
+for turn, (user, umask) in enumerate([(54001, 0o077), (54002, 0o022), (54001, 0o077), (54002, 0o077)]):
+    child = os.fork()  # before any thread runs; what a person without our rights can do
+    if child == 0:
+        os.setgroups([team])
+        os.setgid(user)
+        os.setuid(user)
+        os.umask(umask)
+        store = Store.open_or_create(path)
+        store.publish(spec, [(f"{turn:02x}" * 32, np.full((4, 5), turn, np.float16))], {})
+        rows = [store.read(spec.id, row)[0, 0] for row in store.rows(spec.id)]
+        os._exit(0 if rows == list(range(turn + 1)) and verify(store).clean else 1)
+    assert os.waitpid(child, 0)[1] == 0, turn
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as two people")
+def test_two_people_with_different_umasks_fill_one_store(memory):
+    memory.chmod(0o755)
+    subprocess.run([sys.executable, "-P", "-c", TWO_PEOPLE, memory / "store"], check=True)

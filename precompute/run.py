@@ -20,7 +20,7 @@ from pmm.precompute import media
 from pmm.precompute.datasets import find, livelink
 from pmm.precompute.plan import Plan, Source, Work, batches, make_plan
 from pmm.precompute.survey import Probed, one_line, survey
-from pmm.store import clock
+from pmm.store import clock, fragment
 from pmm.store.catalog import Failure, Store
 from pmm.store.clip import target_id
 from pmm.store.feature import FeatureSpec
@@ -279,10 +279,11 @@ class _Run:
                 )
             track = livelink.read_targets(source.target, spec.fps, data=data)
             livelink.check_durations(item.clip, track, source.audio, source.target)
+            fragment.check(spec, [(source.take.target, track.values)])
         except (PmmError, OSError) as error:
             return Failure(item.clip.id, source.take.source, "target", one_line(error))
-        self.clipped += track.clipped
         self.outbox.add(spec, source.take.target, track.values)
+        self.clipped += track.clipped
         return None
 
     def _features(self, items: Sequence[Work], waves: Decoded) -> dict[str, Failure]:
@@ -298,7 +299,9 @@ class _Run:
         for (item, wave), values in zip(ready, self._hear(ready)):
             try:
                 rows = {**self._paint(item, wave), **_unwrap(values)}
-            except (PmmError, OSError) as error:
+                for modality in sorted(item.features):
+                    fragment.check(self.specs[modality], [(item.clip.id, rows[modality])])
+            except PmmError as error:
                 failed[item.clip.id] = _failure(item, "features", error)
                 continue
             for modality in sorted(item.features):

@@ -37,7 +37,7 @@ def draw(
     panels[0].set_title(title, loc="left", fontsize=11)
     for axis, name in zip(panels[1:], names):
         if true is not None:
-            _curve(axis, true, name, _TRUE, "captured", 1.4)
+            _curve(axis, true, name, _TRUE, "true", 1.4)
         _curve(axis, predicted, name, _FIT, "predicted", 1.8)
         axis.set_ylabel(name[0].lower() + name[1:], fontsize=10)
         axis.set_ylim(-0.03, max(0.35, axis.get_ylim()[1]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -50,12 +49,9 @@ def pmm(capfd: pytest.CaptureFixture[str]) -> Callable[..., Done]:
 def pmm_process() -> Callable[..., subprocess.Popen[str]]:
     """Start the installed ``pmm`` command as a process of its own."""
 
-    def start(*args: object, **options: object) -> subprocess.Popen[str]:
+    def start(*args: object) -> subprocess.Popen[str]:
         command = [str(Path(sys.executable).parent / "pmm"), *map(str, args)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(
-            command, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **{**pipes, **options}
-        )
+        return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     return start
 

@@ -6,7 +6,6 @@ imports what it needs, so that ``pmm --help`` answers at once.
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import os
@@ -58,12 +57,8 @@ def main(args: list[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
-            raise
-        _complain(
-            f"{error.filename or 'a file'}: {error.strerror}; make room or mend permissions, and run again"
-        )
+    except OSError as error:  # a full disk, a folder without permission, a file where a folder should be
+        _complain(f"{error.filename or 'a file'}: {error.strerror or error}; mend that and run it again")
         code = 1
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -295,6 +290,8 @@ def _report(plan: Plan, outcome: Outcome | None, store: Path, as_json: bool) -> 
         )
         if outcome.clipped:
             click.echo(f"clipped {outcome.clipped} coefficient values to [0, 1]")
+        if outcome.dropped:
+            click.echo(f"interpolated {outcome.dropped} dropped frames (each gap at most 100 ms)")
     if outcome and outcome.failures:
         click.echo(
             f"pmm: {len(outcome.failures)} recordings could not be used; each is named above and recorded in "

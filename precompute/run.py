@@ -76,7 +76,10 @@ Event = Probed | Planned | ClipDone | ClipFailed | Published
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run did: clips computed, rows published by modality, fragments, bytes, failures."""
+    """What a run did: clips computed, rows published by modality, fragments, bytes, failures.
+
+    Of the face tracks: ``clipped`` values outside [0, 1], ``dropped`` frames that were interpolated.
+    """
 
     clips: int
     rows: Mapping[str, int]
@@ -84,6 +87,7 @@ class Outcome:
     bytes: int
     failures: tuple[Failure, ...]
     clipped: int
+    dropped: int
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -92,6 +96,7 @@ class Outcome:
             "fragments": self.fragments,
             "bytes": self.bytes,
             "clipped_values": self.clipped,
+            "dropped_frames": self.dropped,
             "failures": [
                 {"source": one.source, "stage": one.stage, "reason": one.reason} for one in self.failures
             ],
@@ -198,7 +203,9 @@ def execute(
         if run.failures:
             store.publish_failures(run.failures)
     box = run.outbox
-    return Outcome(run.clips, box.rows, box.fragments, box.bytes, tuple(run.failures), run.clipped)
+    return Outcome(
+        run.clips, box.rows, box.fragments, box.bytes, tuple(run.failures), run.clipped, run.dropped
+    )
 
 
 Decoded = Mapping[str, np.ndarray | Exception]
@@ -238,7 +245,7 @@ class _Run:
         self.store, self.models, self.outbox, self.on_event = store, models, outbox, on_event
         self.failures: list[Failure] = []
         self.clips = 0
-        self.clipped = 0
+        self.clipped = self.dropped = 0
 
     def batch(self, batch: Sequence[Work], waves: Decoded) -> None:
         """One batch: face tracks first (cheap; a bad one saves its clip the models), then the models."""
@@ -284,6 +291,7 @@ class _Run:
             return Failure(item.clip.id, source.take.source, "target", one_line(error))
         self.outbox.add(spec, source.take.target, track.values)
         self.clipped += track.clipped
+        self.dropped += len(track.drops)
         return None
 
     def _features(self, items: Sequence[Work], waves: Decoded) -> dict[str, Failure]:

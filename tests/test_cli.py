@@ -7,6 +7,8 @@ import json
 import math
 import re
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,20 @@ def test_fit_says_what_it_chose_and_how_it_goes(pmm: Run, fitted: Path, tmp_path
     assert (done.code, result["epochs"], result["training_clips"]) == (0, 1, 6)
     assert "6 clips" in done.err
     assert re.search(r"1/1 +loss \d+\.\d+ +validation LVE \d\.\d{5}", done.err)
+
+
+def test_an_interrupted_fit_keeps_its_epochs(
+    pmm: Run, pmm_process: Run, fitted: Path, tmp_path: Path
+) -> None:
+    process = pmm_process("fit", fitted / "store", "--run", tmp_path / "run", "--epochs", 10_000)
+    while process.poll() is None and not (tmp_path / "run" / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "pmm fit with --resume" in err
+    assert pmm("eval", tmp_path / "run").code == 0
 
 
 # ---------------------------------------------------------------- eval
@@ -162,6 +178,16 @@ def test_animate_overwrites_nothing(pmm: Run, fitted: Path, wav: Path, tmp_path:
     done = pmm("animate", fitted / "run", wav, "-o", out)
     assert done.complaint == f"{out} already exists and nothing is overwritten; choose another name"
     assert out.read_text() == "mine"
+
+
+def test_a_file_where_a_folder_should_be_is_one_line(pmm: Run, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for args in (("demo", "--dir", file), ("synth", file), ("precompute", file, "--store", tmp_path / "s")):
+        done = pmm(*args)
+        assert done.code == 1
+        assert str(file) in done.complaint
+    assert file.read_text() == "mine"
 
 
 def test_animate_refuses_models_the_heads_do_not_know(

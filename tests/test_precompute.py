@@ -174,7 +174,7 @@ def test_an_interrupt_keeps_what_was_computed_and_exits_130(
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
-    assert "run the same command again" in err
+    assert "run the same command again to go on" in err
     assert records(store)
 
 

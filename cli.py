@@ -51,7 +51,9 @@ def main(args: list[str] | None = None) -> None:
         code = 1
     except (click.Abort, KeyboardInterrupt):
         click.echo(
-            "pmm: interrupted; what was published stays, run the same command again to go on", err=True
+            "pmm: interrupted; nothing that was finished is lost: run the same command again to go on "
+            "(pmm fit with --resume)",
+            err=True,
         )
         code = INTERRUPTED
     except BrokenPipeError:

@@ -37,6 +37,9 @@ PATH = click.Path(path_type=Path)
 
 def main(args: list[str] | None = None) -> None:
     """The ``pmm`` command. Exit 0; 1 the user's error; 2 usage; 3 some clips failed; 130 interrupted."""
+    # Threads that spin while they wait steal the cores they wait for as soon as the machine has other
+    # work: fits took 3 to 4 times as long. OpenMP reads this once, when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = pmm.main(args, prog_name="pmm", standalone_mode=False)
     except click.UsageError as error:
@@ -110,18 +113,38 @@ def _resolve(models: str | None, **overrides: Any) -> ModelSet:
 
 
 @contextmanager
-def _bar(total: float, unit: str, label: str, **options: Any) -> Iterator[tqdm]:
+def _bar(unit: str, label: str, **options: Any) -> Iterator[tqdm]:
     """A progress bar on stderr, with rate and time left; silent where stderr is no terminal."""
     from tqdm import tqdm
 
+    shape = "{l_bar}{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+    if options.get("unit_scale"):
+        shape = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
     with tqdm(
-        total=total, unit=unit, desc=label, disable=None, leave=False, dynamic_ncols=True, **options
+        total=1,
+        unit=unit,
+        desc=label,
+        disable=None,
+        leave=False,
+        dynamic_ncols=True,
+        bar_format=shape,
+        **options,
     ) as bar:
         yield bar
 
 
+def _reach(bar: tqdm, done: float, total: float) -> None:
+    """Move the bar to ``done`` of ``total``; its clock starts with the first move."""
+    if not bar.n:
+        bar.reset(total=total)
+    bar.update(min(done, total) - bar.n)
+
+
 def _say(label: str, text: str) -> None:
-    click.echo(f"{label:<9} {text}", err=True)
+    """A line of a run's story, on stderr, above the bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(f"{label:<9} {text}", file=sys.stderr)
 
 
 def _print_json(value: Any) -> None:
@@ -131,6 +154,10 @@ def _print_json(value: Any) -> None:
 def _duration(seconds: float) -> str:
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _size(count: float) -> str:
@@ -170,13 +197,16 @@ def synth(out: Path, minutes: float, subjects: int, languages: str, seed: int, a
     from pmm.precompute.synth import CorpusSpec, write_corpus
 
     spec = CorpusSpec(minutes, subjects, tuple(part.strip() for part in languages.split(",")), seed)
-    with _bar(spec.minutes * 60, "s", "speaking") as bar:
-        summary = write_corpus(spec, out, lambda event: bar.update(event.seconds))
+    with _bar("s", "speaking") as bar:
+        summary = write_corpus(spec, out, lambda event: _reach(bar, bar.n + event.seconds, spec.minutes * 60))
     if as_json:
         _print_json(summary.to_json())
     else:
         length = _duration(summary.seconds)
-        click.echo(f"{summary.takes} takes of {summary.subjects} subjects, {length} of speech, in {out}")
+        click.echo(
+            f"{_count(summary.takes, 'take')} of {_count(summary.subjects, 'subject')}, "
+            f"{length} of speech, in {out}"
+        )
 
 
 @pmm.command()
@@ -220,7 +250,7 @@ def precompute(
     from pmm.precompute.run import Limits
     from pmm.precompute.run import precompute as run_precompute
 
-    with _bar(0, "clip", "reading") as bar:
+    with _bar("clip", "reading") as bar:
         plan, outcome = run_precompute(
             datasets,
             store_path,
@@ -241,26 +271,27 @@ class _PrecomputeProgress:
     """Events of a precompute run: a bar over clips read, the plan, a bar over seconds of audio."""
 
     def __init__(self, bar: tqdm):
-        self.bar = bar
+        self.bar, self.seconds = bar, 0.0
 
     def __call__(self, event: Any) -> None:
         kind = type(event).__name__
         if kind == "Probed":
             _reach(self.bar, event.done, event.total)
         elif kind == "Planned":
-            self.bar.clear()
+            self.seconds = sum(item.clip.seconds for item in event.plan.work)
             _show_plan(event.plan, event.label)
             self.bar.unit, self.bar.desc = "s", "computing: "
-            self.bar.reset(total=round(sum(item.clip.seconds for item in event.plan.work), 1))
+            self.bar.reset(total=self.seconds)
         elif kind in ("ClipDone", "ClipFailed"):
-            self.bar.update(event.seconds)
+            _reach(self.bar, self.bar.n + event.seconds, self.seconds)
 
 
 def _show_plan(plan: Plan, label: str) -> None:
     subjects = len({(s.take.dataset, s.take.subject) for s in plan.sources})
     _say(
         "found",
-        f"{len(plan.sources)} takes of {subjects} subjects, {plan.clips} clips, {_duration(plan.seconds)}",
+        f"{_count(len(plan.sources), 'take')} of {_count(subjects, 'subject')}, "
+        f"{_count(plan.clips, 'clip')}, {_duration(plan.seconds)}",
     )
     _say("models", label)
     for share in plan.shares:
@@ -287,7 +318,7 @@ def _report(plan: Plan, outcome: Outcome | None, store: Path, as_json: bool) -> 
         click.echo(f"nothing to compute: all {plan.clips} clips are in {store}")
     else:
         click.echo(
-            f"computed {outcome.clips} clips, published {outcome.fragments} fragments, "
+            f"computed {outcome.clips} clips, published {_count(outcome.fragments, 'fragment')}, "
             f"{_size(outcome.bytes)}, to {store}"
         )
         if outcome.clipped:
@@ -342,7 +373,7 @@ def fit(
     chosen = dict(_pair(text) for text in features)
     given = {key: value for key, value in options.items() if value is not None}
     store = Store.open(store_path)
-    with _bar(0, "step", "fitting") as bar:
+    with _bar("step", "fitting") as bar:
         result = run_fit(
             store, run_path, FitOptions(**given, features=chosen), on_event=_FitProgress(bar), resume=resume
         )
@@ -373,9 +404,10 @@ class _FitProgress:
             self.bar.reset(total=event.epochs * event.steps_per_epoch)
             self.bar.update(event.first_epoch * event.steps_per_epoch)
             note = f" ({event.skipped} takes lack features)" if event.skipped else ""
+            subjects = _count(len(event.styles), "subject")
             _say(
                 "fit",
-                f"{event.clips} clips, {event.frames} frames of {len(event.styles)} subjects{note}; "
+                f"{_count(event.clips, 'clip')}, {event.frames} frames of {subjects}{note}; "
                 f"{event.validation_clips} to validate; {event.parameters:,} parameters on {event.device}",
             )
         elif kind == "StepDone":
@@ -384,7 +416,6 @@ class _FitProgress:
                 f"loss {event.losses['total']:.4f}, {event.frames_per_second:.0f} frames/s"
             )
         elif kind == "EpochDone":
-            self.bar.clear()
             _say(
                 f"{event.epoch:3d}/{event.epochs}",
                 f"loss {event.losses['total']:.4f}  validation LVE {event.validation_lve:.5f}"
@@ -497,17 +528,21 @@ def info(store_path: Path, as_json: bool) -> None:
 def _info_text(summary: dict[str, Any]) -> str:
     lines = [
         f"store     {summary['path']}, format {summary['format']}, since {_when(summary['created'])}",
-        f"holds     {summary['takes']} takes of {summary['subjects']} subjects, {summary['clips']} clips, "
+        f"holds     {_count(summary['takes'], 'take')} of {_count(summary['subjects'], 'subject')}, "
+        f"{_count(summary['clips'], 'clip')}, "
         f"{_duration(summary['hours'] * 3600)}, {_size(summary['bytes'])}",
     ]
     for one in summary["datasets"]:
-        lines.append(f"dataset   {one['dataset']}: {one['takes']} takes of {len(one['subjects'])} subjects")
+        lines.append(
+            f"dataset   {one['dataset']}: {_count(one['takes'], 'take')} of "
+            f"{_count(len(one['subjects']), 'subject')}"
+        )
     for one in summary["features"]:
         shape = "x".join(map(str, one["shape"]))
         lines.append(
             f"{one['modality']:<9} {one['spec'][:12]} {shape:>8} {one['dtype']:<8}{one['clips']:6d} clips "
-            f"{_size(one['bytes']):>9}, {one['fragments']} fragments, last {_when(one['last_written'])} "
-            f"by {', '.join(one['writers'])}, {_made_with(one)}"
+            f"{_size(one['bytes']):>9}  {_made_with(one)}; last {_when(one['last_written'])} "
+            f"by {', '.join(one['writers'])}"
         )
     lines += [f"failed    {one['source']}: {one['reason']}" for one in summary["failures"]]
     lines += [f"problem   {where}: {reason}" for where, reason in summary["problems"].items()]
@@ -549,7 +584,7 @@ def verify(store_path: Path, as_json: bool) -> None:
     from pmm.store.care import verify as check
     from pmm.store.catalog import Store
 
-    with _bar(0, "B", "verifying", unit_scale=True) as bar:
+    with _bar("B", "verifying", unit_scale=True) as bar:
         report = check(Store.open(store_path), lambda event: _reach(bar, event.done_bytes, event.total_bytes))
     for damage in report.damaged:
         clips = ", ".join(damage.sources or [row[:12] for row in damage.rows])
@@ -567,11 +602,6 @@ def verify(store_path: Path, as_json: bool) -> None:
         )
     if not report.clean:
         raise click.exceptions.Exit(FAILED_CLIPS)
-
-
-def _reach(bar: tqdm, done: float, total: float) -> None:
-    bar.total = total
-    bar.update(done - bar.n)
 
 
 @pmm.command()
@@ -606,15 +636,16 @@ def demo(folder: Path, minutes: float, epochs: int | None, seed: int, device: st
         click.echo(f"the corpus is in {corpus} already")
     else:
         step("synth", corpus, "--minutes", f"{minutes:g}", "--subjects", 10, "--seed", seed)
-    step("precompute", corpus, "--store", features, "--device", device)
+    where = () if device == "auto" else ("--device", device)
+    step("precompute", corpus, "--store", features, *where)
     step("store", "info", features)
     chosen = () if epochs is None else ("--epochs", epochs)
-    step("fit", features, "--run", run, "--seed", seed, "--device", device, *chosen)
+    step("fit", features, "--run", run, "--seed", seed, *where, *chosen)
     take = _test_take(run, features, corpus)
     csv, picture = _unused(folder / f"{take.stem}.csv"), _unused(folder / f"{take.stem}.png")
     captured = take.with_suffix(".csv")
-    step("animate", run, take, "-o", csv, "--plot", picture, "--against", captured, "--device", device)
-    step("eval", run, "--device", device)
+    step("animate", run, take, "-o", csv, "--plot", picture, "--against", captured, *where)
+    step("eval", run, *where)
     times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in took)
     click.echo(f"\ncurves    {csv} (Live Link Face: import it in Unreal)\npicture   {picture}")
     click.echo(f"time      {sum(seconds for _, seconds in took):.0f} s: {times}")

@@ -109,6 +109,11 @@ class Store:
         self._derive()
         self.refresh()
 
+    @property
+    def where(self) -> str:
+        """The folder or address of the store, as messages name it."""
+        return str(self.path)
+
     # -- opening
 
     @classmethod

@@ -36,10 +36,15 @@ class MediumError(PmmError, OSError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One object: its key and its size in bytes."""
+    """One object: its key, its size in bytes, and when it was last written.
+
+    ``modified`` is in seconds by the clock of the medium itself, and compares only with that of
+    another object of the same medium: no clock of ours need agree with it.
+    """
 
     key: str
     size: int
+    modified: float
 
 
 class Medium(Protocol):
@@ -178,12 +183,12 @@ class LocalMedium:
 
     def _walk(self, folder: Path | str, prefix: str) -> Iterator[Entry]:
         try:
-            found = list(os.scandir(folder))
+            entries = list(os.scandir(folder))
         except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
             raise self._refused("list", prefix, error) from None
-        for entry in found:
+        for entry in entries:
             key = f"{prefix}/{entry.name}"
             if not _KEY_NAME.fullmatch(entry.name):
                 continue
@@ -191,7 +196,8 @@ class LocalMedium:
                 yield from self._walk(entry.path, key)
             elif entry.is_file(follow_symlinks=False):
                 with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
-                    yield Entry(key, entry.stat(follow_symlinks=False).st_size)
+                    found = entry.stat(follow_symlinks=False)
+                    yield Entry(key, found.st_size, found.st_mtime)
 
     def _inside(self, key: str) -> Path:
         """The path of ``key``. Raises StoreCorrupt if a link on the way leads elsewhere."""

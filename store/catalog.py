@@ -229,8 +229,12 @@ class Store:
         record and decides no id. Raises BadInput if an array is not what ``spec`` says.
         """
         people = {"created": now(), "writer": writer(), "made_with": _plain_json(made_with, "made_with")}
+        return self.announce(spec, lambda: fragments.write(self.medium, spec, rows, people, chunk_bytes))
+
+    def announce(self, spec: FeatureSpec, write: Callable[[], Fragment]) -> Fragment:
+        """Makes known, durably, the fragment that ``write`` puts at a new location of this store."""
         for _ in range(_ATTEMPTS):
-            one = fragments.write(self.medium, spec, rows, people, chunk_bytes)
+            one = write()
             self._publish_spec(spec)
             data = one.to_bytes()
             found = self.medium.create(one.record, data)

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -39,6 +39,7 @@ CHUNK_BYTES = 256 << 20
 RECORD_BYTES = 64 << 20
 """A record beyond this is not written, and not read either."""
 _HEAD_BYTES = 64 << 20
+_BLOCK_BYTES = 8 << 20
 _FOREIGN_BYTES = 1 << 30
 ID_BYTES = 32
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -223,6 +224,32 @@ def write(
     return Fragment(spec.id, fragment_id(spec.id, objects), location, ids, lengths, tuple(objects), **people)
 
 
+def copy(
+    source: Medium, fragment: Fragment, target: Medium, passed: Callable[[int], None] = lambda size: None
+) -> Fragment:
+    """Writes and syncs the objects of ``fragment`` at a new location of ``target``; nothing is visible yet.
+
+    Every byte is checked against the record on its way; ``passed`` hears of each block's size. Raises
+    StoreCorrupt or NotFound, and leaves nothing, where the source is not as its record says.
+    """
+    Reader(source, fragment)  # refuses rows and lengths that the objects do not have
+    one = replace(fragment, location=uuid4().hex)
+    contents = ((it.path, _blocks(source, f"{fragment.folder}/{it.path}", passed)) for it in one.objects)
+    try:
+        _write_all(target, one.folder, contents, {it.path: it for it in one.objects})
+    except StoreCorrupt as error:
+        raise StoreCorrupt(f"{fragment.folder}: {error}") from None
+    return one
+
+
+def _blocks(medium: Medium, key: str, passed: Callable[[int], None]) -> Iterator[Buffer]:
+    start = 0
+    while block := medium.read(key, start, _BLOCK_BYTES):
+        yield block
+        start += len(block)
+        passed(len(block))
+
+
 def check(spec: FeatureSpec, rows: Sequence[tuple[str, np.ndarray]]) -> list[tuple[str, np.ndarray]]:
     """``rows`` by ascending id, every array contiguous and as ``spec`` says. Raises BadInput."""
     if not rows:
@@ -282,12 +309,17 @@ def _chunk(arrays: Sequence[np.ndarray], ends: np.ndarray, first: int, last: int
     yield bytes(max(0, last - int(ends[-1])) * arrays[0][0].nbytes)
 
 
-def _write_all(medium: Medium, folder: str, contents: Iterable[tuple[str, Iterable[Buffer]]]) -> list[Object]:
+def _write_all(
+    medium: Medium,
+    folder: str,
+    contents: Iterable[tuple[str, Iterable[Buffer]]],
+    expected: Mapping[str, Object] | None = None,
+) -> list[Object]:
     """Objects by path, on the disk. What was written is taken away again if the rest cannot be."""
     done: list[Object] = []
     try:
         for path, blocks in contents:
-            done.append(_write(medium, folder, path, blocks))
+            done.append(_write(medium, folder, path, blocks, expected[path] if expected else None))
         medium.sync(folder)
     except BaseException:  # also Ctrl-C: no record names this folder yet, and nobody else ever will
         for one in done:
@@ -297,8 +329,11 @@ def _write_all(medium: Medium, folder: str, contents: Iterable[tuple[str, Iterab
     return sorted(done, key=lambda one: one.path)
 
 
-def _write(medium: Medium, folder: str, path: str, blocks: Iterable[Buffer]) -> Object:
-    """Writes one object and hashes it on the way."""
+def _write(
+    medium: Medium, folder: str, path: str, blocks: Iterable[Buffer], expected: Object | None = None
+) -> Object:
+    """Writes one object and hashes it on the way. Raises StoreCorrupt if it is not the ``expected`` one,
+    before the medium has taken the last of it."""
     running, size = hashlib.sha256(), 0
 
     def passing() -> Iterator[Buffer]:
@@ -307,6 +342,8 @@ def _write(medium: Medium, folder: str, path: str, blocks: Iterable[Buffer]) -> 
             running.update(block)
             size += len(block)
             yield block
+        if expected and (size, running.hexdigest()) != (expected.size, expected.sha256):
+            raise StoreCorrupt(f"{path} was changed: its size or sha256 is not the record's")
 
     medium.write(f"{folder}/{path}", passing())
     return Object(path, size, running.hexdigest())

@@ -351,6 +351,31 @@ class Store:
     def _targets_of(self, clip_id: str) -> set[str]:
         return {take.target for take in self.takes() if take.target and take.clip.id == clip_id}
 
+    # -- lists of other stores
+
+    def lists(self, folder: str) -> list[str]:
+        """Keys of the files in ``folder`` (specs, datasets, failures, removed) that are whole."""
+        return sorted(self._list_table(folder).items)
+
+    def adopt(self, key: str, data: bytes) -> None:
+        """Creates a list of another store here, under its own name.
+
+        Raises StoreCorrupt if it is not what its folder holds, or if another one of that name is here.
+        """
+        where = f"{self.where}/{key}"
+        self._list_table(key.partition("/")[0]).load(key, data, where)
+        if self.medium.create(key, data) != data:
+            raise StoreCorrupt(f"{where} is another file than the one of that name to be put there")
+
+    def _list_table(self, folder: str) -> _Table[Any]:
+        tables: dict[str, _Table[Any]] = {
+            "specs": self._specs,
+            "datasets": self._listings,
+            "failures": self._failures,
+            "removed": self._removals,
+        }
+        return tables[folder]
+
     # -- below
 
     def _publish_sheet(
@@ -448,15 +473,22 @@ class _Table(Generic[T]):
                 self._read(medium, key, found[key], path)
             except PmmError as error:
                 self.problems[key] = str(error)
-            except MALFORMED as error:  # sealed, but not what this folder holds
-                self.problems[key] = f"{path / key} is not what {self._folder}/ holds ({error})"
         return bool(new or known - found.keys())
 
     def _read(self, medium: Medium, key: str, size: int, path: Path) -> None:
         if size > self._limit > 0:
             raise StoreCorrupt(f"{path / key} has {size} bytes; no more than {self._limit} are read")
         data = medium.read(key, 0, size) if self._limit else b""
-        self.items[key] = self._load(key, data, str(path / key))
+        self.items[key] = self.load(key, data, str(path / key))
+
+    def load(self, key: str, data: bytes, where: str) -> T:
+        """What ``data`` says. Raises a PmmError."""
+        try:
+            return self._load(key, data, where)
+        except PmmError:
+            raise
+        except MALFORMED as error:  # sealed, but not what this folder holds
+            raise StoreCorrupt(f"{where} is not what {self._folder}/ holds ({error})") from None
 
 
 def now() -> str:

@@ -105,15 +105,37 @@ class Fragment:
                 "format": FORMAT,
                 "state": "published",
                 "spec": self.spec_id,
-                "fragment": self.id,
-                "objects": [[one.path, one.size, one.sha256] for one in self.objects],
                 "rows": self.row_ids,
                 "lengths": self.lengths.tolist(),
-                "created": self.created,
-                "writer": dict(self.writer),
-                "made_with": dict(self.made_with),
+                **self.told(),
             }
         )
+
+    def told(self) -> dict[str, Any]:
+        """What the record says beside its rows and its place, as JSON."""
+        return {
+            "fragment": self.id,
+            "objects": [[one.path, one.size, one.sha256] for one in self.objects],
+            "created": self.created,
+            "writer": dict(self.writer),
+            "made_with": dict(self.made_with),
+        }
+
+    @classmethod
+    def from_told(
+        cls, told: Mapping[str, Any], spec_id: str, location: str, ids: Blob, lengths: np.ndarray
+    ) -> Fragment:
+        """The fragment of which ``told`` said this. Raises one of MALFORMED if it is none, or if it names
+        anything outside its own folder."""
+        if len(ids) != len(lengths) * ID_BYTES or lengths.ndim != 1 or not lengths.size or lengths.min() < 1:
+            raise ValueError("rows and lengths do not fit")
+        if not _ascending(ids):
+            raise ValueError("row ids are not ascending")
+        objects = tuple(_object(one) for one in told["objects"])
+        if told["fragment"] != fragment_id(spec_id, objects):
+            raise ValueError("its fragment id does not follow from its contents")
+        people = (str(told["created"]), dict(told["writer"]), dict(told["made_with"]))
+        return cls(spec_id, told["fragment"], location, ids, lengths, objects, *people)
 
     @classmethod
     def from_bytes(cls, data: Blob, spec_id: str, location: str, where: str) -> Fragment | None:
@@ -126,21 +148,15 @@ class Fragment:
             refuse_newer(value, where)
             if value["state"] != "published":
                 return None
-            objects = tuple(_object(one) for one in value["objects"])
+            if value["spec"] != spec_id:
+                raise ValueError("it is of another spec")
             ids = bytes.fromhex("".join(_hex64(row) for row in value["rows"]))
             lengths = np.array(value["lengths"], dtype=np.int64)
-            if lengths.shape != (len(value["rows"]),) or lengths.size == 0 or lengths.min() < 1:
-                raise ValueError("rows and lengths do not fit")
-            if not _ascending(ids):
-                raise ValueError("row ids are not ascending")
-            if value["spec"] != spec_id or value["fragment"] != fragment_id(spec_id, objects):
-                raise ValueError("its fragment id does not follow from its contents")
-            people = (str(value["created"]), dict(value["writer"]), dict(value["made_with"]))
+            return cls.from_told(value, spec_id, location, ids, lengths)
         except NewerFormat:
             raise
         except MALFORMED as error:
             raise StoreCorrupt(f"{where} is no record of a fragment ({error})") from None
-        return cls(spec_id, value["fragment"], location, ids, lengths, objects, *people)
 
 
 def refuse_newer(value: Mapping[str, Any], where: str) -> None:

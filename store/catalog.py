@@ -31,7 +31,7 @@ from pmm.store.fragment import CHUNK_BYTES, FORMAT, MALFORMED, Fragment, Reader,
 from pmm.store.medium import LocalMedium, Medium, make_root
 
 MARK = "pmm.json"
-_SHEET_BYTES = 1 << 30
+SHEET_BYTES = 1 << 30
 _SMALL_BYTES = 16 << 20
 _ATTEMPTS = 8
 
@@ -73,6 +73,11 @@ class Listing:
     def order(self) -> tuple[str, str]:
         return (self.created, self.name)
 
+    def to_bytes(self) -> bytes:
+        """The file, but for who wrote it."""
+        header = {"created": self.created, "dataset": self.dataset, "origin": dict(self.origin)}
+        return _sheet({**header, "replaces": list(self.replaces)}, [take.to_json() for take in self.takes])
+
 
 @dataclass(frozen=True)
 class Removal:
@@ -101,8 +106,8 @@ class Store:
         self.about = _read_mark(path, medium)
         self._specs = _Table("specs", ".json", _SMALL_BYTES, _load_spec)
         self._records = _Table("records", ".json", fragments.RECORD_BYTES, _load_record)
-        self._listings = _Table("datasets", ".jsonl", _SHEET_BYTES, _load_listing)
-        self._failures = _Table("failures", ".jsonl", _SHEET_BYTES, _load_failures)
+        self._listings = _Table("datasets", ".jsonl", SHEET_BYTES, _load_listing)
+        self._failures = _Table("failures", ".jsonl", SHEET_BYTES, _load_failures)
         self._removals = _Table("removed", ".json", _SMALL_BYTES, _load_removal)
         self._damaged = _Table("damaged", ".json", 0, lambda key, data, where: None)
         self._readers: dict[str, Reader] = {}
@@ -177,6 +182,11 @@ class Store:
     def specs(self) -> Mapping[str, FeatureSpec]:
         """Every feature spec in the store, by id."""
         return MappingProxyType({_stem(key): spec for key, spec in self._specs.items.items()})
+
+    def damaged(self) -> list[Fragment]:
+        """Copies that were found broken here."""
+        live = {one.location for one in self._live}
+        return [one for one in self._records.items.values() if one and one.location not in live]
 
     def fragments(self) -> list[Fragment]:
         """Live fragments, by spec and fragment id."""
@@ -290,11 +300,17 @@ class Store:
             for listing in self._live_listings:
                 for take in listing.takes:
                     found.setdefault(take.id, take)
-            hidden = self.removed
-            self._takes = [
-                take for name, take in found.items() if not ({name, take.clip.id, take.target} & hidden)
-            ]
+            self._takes = [take for take in found.values() if not self.hides(take)]
         return list(self._takes)
+
+    def hides(self, take: Take) -> bool:
+        """Whether ``take`` was removed: itself, its clip or its target."""
+        return bool(self._hidden) and not self._hidden.isdisjoint((take.id, take.clip.id, take.target))
+
+    @property
+    def replaced(self) -> frozenset[str]:
+        """Names of the listings that others replace, whether they are here or not."""
+        return frozenset(name for one in self._listings.items.values() for name in one.replaces)
 
     @property
     def removed(self) -> frozenset[str]:

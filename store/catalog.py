@@ -183,11 +183,6 @@ class Store:
         """Every feature spec in the store, by id."""
         return MappingProxyType({_stem(key): spec for key, spec in self._specs.items.items()})
 
-    def damaged(self) -> list[Fragment]:
-        """Copies that were found broken here."""
-        live = {one.location for one in self._live}
-        return [one for one in self._records.items.values() if one and one.location not in live]
-
     def fragments(self) -> list[Fragment]:
         """Live fragments, by spec and fragment id."""
         return sorted(self._live, key=lambda one: (one.spec_id, one.id, one.location))

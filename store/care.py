@@ -73,7 +73,7 @@ def verify(store: Store, on_event: Callable[[Verified], None] | None = None) -> 
     against the record; specs against their names; listings, failures and removals against their own
     sums. Reads everything anew: what ``store`` has in memory or mapped is not trusted.
     """
-    fresh = Store(store.path, store.medium)
+    fresh = Store(store.where, store.medium)
     found = fresh.fragments()
     total = sum(one.bytes for one in found)
     sources = _sources(fresh)
@@ -208,7 +208,7 @@ def info(store: Store) -> dict[str, Any]:
     found = store.fragments()
     takes = store.takes()
     return {
-        "path": str(store.path),
+        "path": store.where,
         "format": store.about["format"],
         "created": store.about.get("created", ""),
         "bytes": sum(one.bytes for one in found),

@@ -76,14 +76,19 @@ class Medium(Protocol):
         """Removes one object; it is no error if it is gone already."""
 
 
+def is_key(key: str) -> bool:
+    """Whether ``key`` can be a name of ours, and then only within the store."""
+    return all(_KEY_NAME.fullmatch(name) for name in key.split("/"))
+
+
 def check_key(key: str) -> str:
     """``key`` if it can only lie within the store. Raises BadInput."""
-    if not all(_KEY_NAME.fullmatch(name) for name in key.split("/")):
+    if not is_key(key):
         raise BadInput(f"{key!r} is no name within a store: only a-z 0-9 . _ - and / between names")
     return key
 
 
-def _nothing(operation: str, key: str) -> None:
+def nothing(operation: str, key: str) -> None:
     """What happens before an operation on the disk, unless a test asks for more."""
 
 
@@ -110,7 +115,7 @@ class LocalMedium:
     operation and its key before the disk is touched; recording and faults go there.
     """
 
-    def __init__(self, root: Path, before: Callable[[str, str], None] = _nothing):
+    def __init__(self, root: Path, before: Callable[[str, str], None] = nothing):
         self.root = Path(os.path.realpath(root))
         self._before = before
 

@@ -31,7 +31,6 @@ from pmm.store.fragment import CHUNK_BYTES, FORMAT, MALFORMED, Fragment, Reader,
 from pmm.store.medium import LocalMedium, Medium, make_root
 
 MARK = "pmm.json"
-from pmm.store.remote import ObjectMedium, is_address
 SHEET_BYTES = 1 << 30
 _SMALL_BYTES = 16 << 20
 _ATTEMPTS = 8
@@ -82,9 +81,17 @@ class Listing:
 
 @dataclass(frozen=True)
 class Removal:
-    """Row and take ids taken out on purpose, and earlier removals (by uuid) that it takes back."""
+    """What was taken out on purpose.
+
+    hidden   row and take ids
+    specs    feature specs, with all their rows
+    purge    whether the bytes are to go, too
+    cancels  earlier removals (by uuid) that it takes back
+    """
 
     hidden: frozenset[str]
+    specs: frozenset[str]
+    purge: bool
     cancels: tuple[str, ...]
 
 
@@ -97,15 +104,15 @@ class Store:
 
     _live: list[Fragment]
     _hidden: frozenset[str]
+    _in_force: dict[str, Removal]
     _live_listings: list[Listing]
     _indexes: dict[str, _Index]
     _takes: list[Take] | None
 
-    def __init__(self, where: Path | str, medium: Medium, indexed: bool = True):
-        """``indexed=False`` believes no index object: for whoever checks or deletes."""
-        self.where = str(where)  # the folder or address, as messages name it
+    def __init__(self, path: Path, medium: Medium):
+        self.path = path
         self.medium = medium
-        self.about = _read_mark(self.where, medium)
+        self.about = _read_mark(path, medium)
         self._specs = _Table("specs", ".json", _SMALL_BYTES, _load_spec)
         self._records = _Table("records", ".json", fragments.RECORD_BYTES, _load_record)
         self._listings = _Table("datasets", ".jsonl", SHEET_BYTES, _load_listing)
@@ -117,58 +124,57 @@ class Store:
         self.refresh()
 
     @property
-    def path(self) -> Path:
-        """The folder of a store on a disk. Raises BadInput for one in a bucket."""
-        if is_address(self.where):
-            raise BadInput(f"{self.where} is no folder; name a store on a disk")
-        return Path(self.where)
+    def where(self) -> str:
+        """The folder or address of the store, as messages name it."""
+        return str(self.path)
 
     # -- opening
 
     @classmethod
-    def create(cls, where: Path | str) -> Store:
-        """A new store in ``where``: a folder or s3://bucket/prefix that is missing, empty or a store already.
+    def create(cls, path: Path | str) -> Store:
+        """A new store in ``path``: a folder that is missing, empty or a store already.
 
         Raises AlreadyThere if anything else stands there.
         """
-        if _is_store(where):
-            return cls.open(where)
-        if _is_file(where):
-            raise AlreadyThere(f"{where} is a file; a store is a folder, name another place")
-        if found := _foreign_names(where):
+        path = Path(path)
+        if _is_store(path):
+            return cls.open(path)
+        if path.exists() and not path.is_dir():
+            raise AlreadyThere(f"{path} is a file; a store is a folder, name another place")
+        if found := _foreign_names(path):
             raise AlreadyThere(
-                f"{where} is a folder with other things in it ({found}); name an empty or a new one"
+                f"{path} is a folder with other things in it ({found}); name an empty or a new one"
             )
-        if not is_address(where):
-            make_root(Path(where))
-        medium = medium_at(where)
+        make_root(path)
         mark = {"format": FORMAT, "store": uuid4().hex, "created": now(), "pmm": pmm.__version__}
-        medium.create(MARK, sealed(mark))
-        return cls(where, medium)
+        LocalMedium(path).create(MARK, sealed(mark))
+        return cls.open(path)
 
     @classmethod
-    def open(cls, where: Path | str) -> Store:
+    def open(cls, path: Path | str) -> Store:
         """Raises NotFound, BadInput if it is no store (saying what was found), or NewerFormat."""
-        if not _is_there(where):
-            raise NotFound(f"no store at {where}; `pmm precompute DATASET --store {where}` makes one")
-        if _is_file(where):
-            raise BadInput(f"{where} is a file, a store is a folder with a {MARK}; name the folder")
-        if not _is_store(where):
-            found = _foreign_names(where) or "nothing"
-            raise BadInput(f"{where} is a folder without a {MARK} (it holds {found}), so it is no store")
-        return cls(where, medium_at(where))
+        path = Path(path)
+        if not path.exists():
+            raise NotFound(f"no store at {path}; `pmm precompute DATASET --store {path}` makes one")
+        if not path.is_dir():
+            raise BadInput(f"{path} is a file, a store is a folder with a {MARK}; name the folder")
+        if not _is_store(path):
+            found = _foreign_names(path) or "nothing"
+            raise BadInput(f"{path} is a folder without a {MARK} (it holds {found}), so it is no store")
+        return cls(path, LocalMedium(path))
 
     @classmethod
-    def open_or_create(cls, where: Path | str) -> Store:
+    def open_or_create(cls, path: Path | str) -> Store:
         """Raises as ``create`` and ``open`` do; a file or a foreign folder is BadInput."""
-        fresh = not _is_there(where) or not (_is_file(where) or _foreign_names(where))
-        return cls.create(where) if fresh else cls.open(where)
+        path = Path(path)
+        fresh = not path.exists() or (path.is_dir() and not _foreign_names(path))
+        return cls.create(path) if fresh else cls.open(path)
 
     def refresh(self) -> None:
         """Learns what appeared (and what vanished) since; reads new names only."""
         before = set(self._records.items)
         tables = (self._specs, self._records, self._listings, self._failures, self._removals, self._damaged)
-        changed = [table.refresh(self.medium, self.where) for table in tables]
+        changed = [table.refresh(self.medium, self.path) for table in tables]
         for key in before - set(self._records.items):
             self._readers.pop(_stem(key), None)
         if any(changed):
@@ -177,7 +183,8 @@ class Store:
     @property
     def problems(self) -> Mapping[str, str]:
         tables = (self._specs, self._records, self._listings, self._failures, self._removals)
-        return {key: reason for table in tables for key, reason in table.problems.items()}
+        found = {key: reason for table in tables for key, reason in table.problems.items()}
+        return {key: reason for key, reason in found.items() if _stem(key) not in self.damaged}
 
     # -- features
 
@@ -189,6 +196,22 @@ class Store:
     def fragments(self) -> list[Fragment]:
         """Live fragments, by spec and fragment id."""
         return sorted(self._live, key=lambda one: (one.spec_id, one.id, one.location))
+
+    @property
+    def records(self) -> Mapping[str, Fragment | None]:
+        """What every readable record says, by its key: a fragment, live or not, or None (abandoned)."""
+        return MappingProxyType(self._records.items)
+
+    @property
+    def damaged(self) -> frozenset[str]:
+        """Names (of fragments' locations, of lists) that were marked as damaged in this store."""
+        return frozenset(map(_stem, self._damaged.items))
+
+    def mark_damaged(self, name: str, reason: str) -> None:
+        """What has this name is broken here: it is neither served nor listed from now on."""
+        told = {"format": FORMAT, "reason": reason, "created": now(), "writer": writer()}
+        self.medium.create(f"damaged/{name}.json", sealed(told))
+        self.refresh()
 
     def rows(self, spec_id: str) -> list[str]:
         """Row ids that are served, ascending."""
@@ -216,12 +239,13 @@ class Store:
         try:
             return self.reader(one).rows(index)
         except (StoreCorrupt, NotFound) as error:
-            raise StoreCorrupt(f"clip {row_id} cannot be read: {error}") from None
+            self.refresh()  # another fragment may have replaced that one meanwhile
+            if self._find(spec_id, row_id)[0].location == one.location:
+                raise StoreCorrupt(f"clip {row_id} cannot be read: {error}") from None
+        return self.read(spec_id, row_id)
 
     def reader(self, fragment: Fragment) -> Reader:
-        """The fragment opened, checked at first touch. Raises StoreCorrupt."""
-        if not self._proven(fragment):
-            raise StoreCorrupt(f"{self.where}/{fragment.record} is not what an index object said; ask again")
+        """The fragment opened, checked at first touch."""
         if fragment.location not in self._readers:
             self._readers[fragment.location] = Reader(self.medium, fragment)
         return self._readers[fragment.location]
@@ -243,8 +267,13 @@ class Store:
 
     def announce(self, spec: FeatureSpec, write: Callable[[], Fragment]) -> Fragment:
         """Makes known, durably, the fragment that ``write`` puts at a new location of this store."""
-        for _ in range(_ATTEMPTS):
-            one = write()
+        for attempt in range(_ATTEMPTS):
+            try:
+                one = write()
+            except NotFound:  # `gc` took us for dead, and the folders went while we wrote into them
+                if attempt + 1 == _ATTEMPTS:
+                    raise
+                continue
             self._publish_spec(spec)
             data = one.to_bytes()
             found = self.medium.create(one.record, data)
@@ -252,7 +281,7 @@ class Store:
                 self._records.items[one.record] = one
                 self._derive()
                 return one
-            where = f"{self.where}/{one.record}"
+            where = str(self.path / one.record)
             if Fragment.from_bytes(found, spec.id, one.location, where) is not None:
                 raise StoreCorrupt(f"{where} was written by somebody else under our own random name")
             # `gc` took us for dead and left "abandoned" there: once more, under another name.
@@ -263,20 +292,12 @@ class Store:
         if key in self._specs.items:
             return
         found = self.medium.create(key, spec.to_bytes())
-        self._specs.items[key] = _load_spec(key, found, f"{self.where}/{key}")
+        self._specs.items[key] = _load_spec(key, found, str(self.path / key))
         self._specs.problems.pop(key, None)
 
     # -- takes
 
     def publish_takes(self, dataset: str, takes: Sequence[Take], origin: Mapping[str, str]) -> bool:
-    def _proven(self, one: Fragment) -> bool:
-        """Whether the record itself says what we know of the fragment; if not, we know better now."""
-        if self._records.prove(one, self.medium, self.where):
-            return True
-        self.refresh()
-        self._derive()
-        return False
-
         """Lists what ``dataset`` holds at ``origin`` (host, root, layout), in place of earlier listings
         of the same. Returns False, and writes nothing, where the current one says exactly this.
         """
@@ -320,10 +341,38 @@ class Store:
         """Names of the listings that others replace, whether they are here or not."""
         return frozenset(name for one in self._listings.items.values() for name in one.replaces)
 
+    def listed_takes(self) -> list[Take]:
+        """Every take of ``takes``, under every dataset label it is listed by: who is who needs them all."""
+        served = {take.id for take in self.takes()}
+        return [take for listing in self._live_listings for take in listing.takes if take.id in served]
+
+    # -- removals
+
     @property
     def removed(self) -> frozenset[str]:
         """Row and take ids that were taken out on purpose and are not to come back by themselves."""
         return self._hidden
+
+    @property
+    def removals(self) -> Mapping[str, Removal]:
+        """Removals in force, by uuid."""
+        return MappingProxyType(self._in_force)
+
+    def publish_removal(
+        self,
+        rows: Iterable[str] = (),
+        takes: Iterable[str] = (),
+        specs: Iterable[str] = (),
+        purge: bool = False,
+        cancels: Iterable[str] = (),
+    ) -> str:
+        """Takes rows, takes and specs out, durably and for all readers; returns the uuid of the removal."""
+        ids = {"rows": rows, "takes": takes, "specs": specs, "cancels": cancels}
+        told = {"format": FORMAT, "purge": purge, "created": now(), "writer": writer()}
+        name = uuid4().hex
+        self.medium.create(f"removed/{name}.json", sealed({**told, **{k: sorted(v) for k, v in ids.items()}}))
+        self.refresh()
+        return name
 
     # -- failures
 
@@ -331,7 +380,7 @@ class Store:
         """One durable sheet for the failures of a run; nothing is written for none."""
         if not failures:
             return
-        self._failures.refresh(self.medium, self.where)
+        self._failures.refresh(self.medium, self.path)
         attempts: dict[str, int] = {}
         for one in self.failures():
             attempts[one.key] = max(attempts.get(one.key, 0), one.attempt)
@@ -408,18 +457,19 @@ class Store:
         key = f"{folder}/{uuid4().hex}.jsonl"
         data = _sheet({"created": now(), "writer": writer(), **header}, lines)
         if self.medium.create(key, data) != data:
-            raise StoreCorrupt(f"{self.where}/{key} was written by somebody else under our own random name")
+            raise StoreCorrupt(f"{self.path / key} was written by somebody else under our own random name")
         self.refresh()
 
     def _derive(self) -> None:
         """Everything computed from the tables, dropped or redone."""
-        damaged = {_stem(key) for key in self._damaged.items}
-        records = (one for one in self._records.items.values() if one is not None)
-        self._live = [one for one in records if one.location not in damaged]
         removals = {_stem(key): one for key, one in self._removals.items.items()}
         cancelled = {name for one in removals.values() for name in one.cancels}
-        in_force = [one.hidden for name, one in removals.items() if name not in cancelled]
-        self._hidden = frozenset().union(*in_force)
+        self._in_force = {name: one for name, one in removals.items() if name not in cancelled}
+        self._hidden = frozenset().union(*(one.hidden for one in self._in_force.values()))
+        dropped = frozenset().union(*(one.specs for one in self._in_force.values()))
+        damaged = self.damaged
+        records = (one for one in self._records.items.values() if one is not None)
+        self._live = [one for one in records if one.location not in damaged and one.spec_id not in dropped]
         replaced = {name for one in self._listings.items.values() for name in one.replaces}
         alive = [one for one in self._listings.items.values() if one.name not in replaced]
         self._live_listings = sorted(alive, key=Listing.order)
@@ -436,7 +486,7 @@ class Store:
         found = self._index(spec_id).find(row_id)
         if found is None:
             raise NotFound(
-                f"clip {row_id} has no {self._called(spec_id)} in {self.where}; run `pmm precompute`"
+                f"clip {row_id} has no {self._called(spec_id)} in {self.path}; run `pmm precompute`"
             )
         return found
 
@@ -484,7 +534,7 @@ class _Table(Generic[T]):
         self.problems: dict[str, str] = {}
         self._folder, self._ending, self._limit, self._load = folder, ending, limit, load
 
-    def refresh(self, medium: Medium, where: str) -> bool:
+    def refresh(self, medium: Medium, path: Path) -> bool:
         """Whether anything appeared or vanished."""
         found = {one.key: one.size for one in medium.list(self._folder) if one.key.endswith(self._ending)}
         known = self.items.keys() | self.problems.keys()
@@ -494,19 +544,16 @@ class _Table(Generic[T]):
         new = sorted(found.keys() - known)
         for key in new:
             try:
-                self._read(medium, key, found[key], where)
+                self._read(medium, key, found[key], path)
             except PmmError as error:
                 self.problems[key] = str(error)
         return bool(new or known - found.keys())
 
-    def _foresee(self, medium: Medium, new: Sequence[str], where: str) -> None:
-        """What is about to be read."""
-
-    def _read(self, medium: Medium, key: str, size: int, where: str) -> None:
+    def _read(self, medium: Medium, key: str, size: int, path: Path) -> None:
         if size > self._limit > 0:
-            raise StoreCorrupt(f"{where}/{key} has {size} bytes; no more than {self._limit} are read")
+            raise StoreCorrupt(f"{path / key} has {size} bytes; no more than {self._limit} are read")
         data = medium.read(key, 0, size) if self._limit else b""
-        self.items[key] = self.load(key, data, f"{where}/{key}")
+        self.items[key] = self.load(key, data, str(path / key))
 
     def load(self, key: str, data: bytes, where: str) -> T:
         """What ``data`` says. Raises a PmmError."""
@@ -548,39 +595,20 @@ def _is_row_id(text: str) -> bool:
     return fragments.HEX64.fullmatch(text) is not None
 
 
-def medium_at(where: Path | str) -> Medium:
-    return ObjectMedium(str(where)) if is_address(where) else LocalMedium(Path(where))
+def _is_store(path: Path) -> bool:
+    return (path / MARK).is_file()
 
 
-def _is_store(where: Path | str) -> bool:
-    if not is_address(where):
-        return (Path(where) / MARK).is_file()
-    try:
-        return bool(medium_at(where).read(MARK, 0, 1))
-    except NotFound:
-        return False
-
-
-def _is_there(where: Path | str) -> bool:
-    return _is_store(where) or bool(_foreign_names(where)) if is_address(where) else Path(where).exists()
-
-
-def _is_file(where: Path | str) -> bool:
-    return not is_address(where) and Path(where).exists() and not Path(where).is_dir()
-
-
-def _foreign_names(where: Path | str) -> str:
-    """A few of the names in ``where``; hidden ones and what a killed ``create`` leaves do not count."""
-    if is_address(where):
-        found = ObjectMedium(str(where)).names()
-    else:
-        found = os.listdir(where) if Path(where).is_dir() else []
-    names = sorted(name for name in found if not name.startswith(".") and name != "tmp")
+def _foreign_names(path: Path) -> str:
+    """A few of the names in ``path``; hidden ones and what a killed ``create`` leaves do not count."""
+    if not path.is_dir():
+        return ""
+    names = sorted(name for name in os.listdir(path) if not name.startswith(".") and name != "tmp")
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _read_mark(root: str, medium: Medium) -> Mapping[str, Any]:
-    where = f"{root}/{MARK}"
+def _read_mark(path: Path, medium: Medium) -> Mapping[str, Any]:
+    where = str(path / MARK)
     data = medium.read(MARK, 0, _SMALL_BYTES)
     value = strict_json(data, where)
     try:
@@ -623,7 +651,6 @@ def _sheet(header: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> byt
     """A header that seals itself and the lines below it."""
     body = b"".join(json_line(one) for one in lines)
     counted = {"format": FORMAT, "lines": body.count(b"\n"), "body": hashlib.sha256(body).hexdigest()}
-        self._foresee(medium, new, where)
     return sealed({**header, **counted}) + body
 
 
@@ -640,85 +667,13 @@ def _load_listing(key: str, data: bytes, where: str) -> Listing:
     header, lines = _unsheet(data, where)
     origin = {str(name): str(text) for name, text in header["origin"].items()}
     people = (str(header["dataset"]), origin, str(header["created"]), _texts(header, "replaces"))
-    return Listing(_stem(key), *people, str(header["body"]), read)
+    return Listing(_stem(key), *people, tuple(Take.from_json(one, where) for one in lines))
 
 
 def _load_failures(key: str, data: bytes, where: str) -> tuple[Failure, ...]:
     _, lines = _unsheet(data, where)
     names = ("key", "source", "stage", "reason", "when")
     return tuple(
-class _Records(_Table[Fragment | None]):
-    """Records; in a large store as index objects tell them, until each is proven."""
-
-    def __init__(self, indexed: bool):
-        super().__init__("records", ".json", fragments.RECORD_BYTES, _load_record)
-        self.covered: dict[str, str] = {}  # record key to the index object that names it
-        self.indexes: set[str] = set()  # index objects that were read
-        self.bad_indexes: dict[str, str] = {}
-        self._indexed = indexed
-        self._told: Mapping[str, index.Known] = {}
-        self._unproven: set[str] = set()
-
-    def uncovered(self) -> dict[str, Fragment | None]:
-        return {key: one for key, one in self.items.items() if key not in self.covered}
-
-    def _foresee(self, medium: Medium, new: Sequence[str], where: str) -> None:
-        self._told = {}
-        if self._indexed and len(new) >= index.WORTH_READING:
-            self._told, seen, self.bad_indexes = index.read(medium, where, set(new))
-            self.indexes |= seen
-
-    def _read(self, medium: Medium, key: str, size: int, where: str) -> None:
-        told = self._told.get(key)
-        if told is None or told.size != size:
-            super()._read(medium, key, size, where)
-            return
-        self.items[key] = told.fragment
-        self.covered[key] = told.index
-        self._unproven.add(key)
-
-    def prove(self, one: Fragment, medium: Medium, where: str) -> bool:
-        """Whether the record of ``one`` says just that. If not, all that its index object told is
-        forgotten, so that ``refresh`` reads those records, and the object deleted where we may."""
-        if one.record not in self._unproven:
-            return True
-        try:
-            data = medium.read(one.record, 0, fragments.RECORD_BYTES)
-            found = self.load(one.record, data, f"{where}/{one.record}")
-        except PmmError:
-            found = None
-        if found is not None and found.to_bytes() == one.to_bytes():
-            self._unproven.discard(one.record)
-            return True
-        self._distrust(self.covered[one.record], medium)
-        return False
-
-    def _distrust(self, name: str, medium: Medium) -> None:
-        index.forget(medium, name)
-        self._indexed = False
-        for key in [key for key, by in self.covered.items() if by == name]:
-            del self.covered[key]
-            self._unproven.discard(key)
-            self.items.pop(key, None)
-
-
-class _Listings(_Table[Listing]):
-    """Listings, of which only the header is read at first."""
-
-    def _read(self, medium: Medium, key: str, size: int, where: str) -> None:
-        head = medium.read(key, 0, min(size, _SMALL_BYTES)).partition(b"\n")[0]
-
-        def read() -> tuple[Take, ...]:
-            return self.load(key, medium.read(key, 0, size), f"{where}/{key}").takes
-
-        self.items[key] = _listing(key, unsealed(head + b"\n", f"{where}/{key}"), read)
-
-    def refuse(self, one: Listing, error: PmmError) -> None:
-        key = f"datasets/{one.name}.jsonl"
-        self.items.pop(key, None)
-        self.problems[key] = str(error)
-
-
         Failure(**{name: str(one[name]) for name in names}, attempt=int(one["attempt"])) for one in lines
     )
 
@@ -727,7 +682,8 @@ def _load_removal(key: str, data: bytes, where: str) -> Removal:
     value = unsealed(data, where)
     refuse_newer(value, where)
     hidden = frozenset(_texts(value, "rows") + _texts(value, "takes"))
-    return Removal(hidden, _texts(value, "cancels"))
+    specs = frozenset(_texts(value, "specs"))
+    return Removal(hidden, specs, value.get("purge") is True, _texts(value, "cancels"))
 
 
 def _texts(value: Mapping[str, Any], name: str) -> tuple[str, ...]:
@@ -736,8 +692,3 @@ def _texts(value: Mapping[str, Any], name: str) -> tuple[str, ...]:
     if not isinstance(found, list):
         raise TypeError(f"{name} is no list")
     return tuple(map(str, found))
-    takes = tuple(Take.from_json(one, where) for one in lines)
-    return _listing(key, header, lambda: takes)
-
-
-def _listing(key: str, header: Mapping[str, Any], read: Callable[[], tuple[Take, ...]]) -> Listing:

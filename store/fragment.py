@@ -428,6 +428,11 @@ class Reader:
         found.flags.writeable = False
         return found
 
+    @property
+    def sums(self) -> bytes:
+        """The sha256 of each clip's rows as they were written, 32 bytes each."""
+        return self._sums.tobytes()
+
     def sum_matches(self, index: int) -> bool:
         """Whether the rows of that clip are still those that were written."""
         first, last = int(self._offsets[index]), int(self._offsets[index + 1])

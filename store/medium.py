@@ -166,6 +166,8 @@ class LocalMedium:
                 os.link(self.root / draft, final)
             except FileExistsError:
                 data = self.read(key, 0, max(len(data), _SMALL) + 1)  # a longer one is another one anyway
+            except FileNotFoundError:  # `gc` took the draft for a dead writer's
+                return self.create(key, data)
             except OSError as error:
                 if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
                     raise
@@ -180,9 +182,13 @@ class LocalMedium:
         return data
 
     def delete(self, key: str) -> None:
+        path = self._inside(key)
         self._before("delete", key)
         with self._told("delete", key), contextlib.suppress(FileNotFoundError):
-            os.unlink(self._inside(key))
+            os.unlink(path)
+        with contextlib.suppress(OSError):  # folders of one fragment go with their last object
+            for folder in list(path.relative_to(self.root).parents)[:-3]:
+                os.rmdir(self.root / folder)
 
     # -- below the verbs
 

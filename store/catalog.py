@@ -29,6 +29,7 @@ from pmm.store.digest import json_line, sealed, strict_json, unsealed
 from pmm.store.feature import FeatureSpec
 from pmm.store.fragment import CHUNK_BYTES, FORMAT, MALFORMED, Fragment, Reader, refuse_newer
 from pmm.store.medium import LocalMedium, Medium, make_root
+from pmm.store.remote import ObjectMedium, is_address
 
 MARK = "pmm.json"
 SHEET_BYTES = 1 << 30
@@ -109,10 +110,10 @@ class Store:
     _indexes: dict[str, _Index]
     _takes: list[Take] | None
 
-    def __init__(self, path: Path, medium: Medium):
-        self.path = path
+    def __init__(self, where: Path | str, medium: Medium):
+        self.where = str(where)  # the folder or address, as messages name it
         self.medium = medium
-        self.about = _read_mark(path, medium)
+        self.about = _read_mark(self.where, medium)
         self._specs = _Table("specs", ".json", _SMALL_BYTES, _load_spec)
         self._records = _Table("records", ".json", fragments.RECORD_BYTES, _load_record)
         self._listings = _Table("datasets", ".jsonl", SHEET_BYTES, _load_listing)
@@ -124,57 +125,58 @@ class Store:
         self.refresh()
 
     @property
-    def where(self) -> str:
-        """The folder or address of the store, as messages name it."""
-        return str(self.path)
+    def path(self) -> Path:
+        """The folder of a store on a disk. Raises BadInput for one in a bucket."""
+        if is_address(self.where):
+            raise BadInput(f"{self.where} is no folder; name a store on a disk")
+        return Path(self.where)
 
     # -- opening
 
     @classmethod
-    def create(cls, path: Path | str) -> Store:
-        """A new store in ``path``: a folder that is missing, empty or a store already.
+    def create(cls, where: Path | str) -> Store:
+        """A new store in ``where``: a folder or s3://bucket/prefix that is missing, empty or a store already.
 
         Raises AlreadyThere if anything else stands there.
         """
-        path = Path(path)
-        if _is_store(path):
-            return cls.open(path)
-        if path.exists() and not path.is_dir():
-            raise AlreadyThere(f"{path} is a file; a store is a folder, name another place")
-        if found := _foreign_names(path):
+        if _is_store(where):
+            return cls.open(where)
+        if _is_file(where):
+            raise AlreadyThere(f"{where} is a file; a store is a folder, name another place")
+        if found := _foreign_names(where):
             raise AlreadyThere(
-                f"{path} is a folder with other things in it ({found}); name an empty or a new one"
+                f"{where} is a folder with other things in it ({found}); name an empty or a new one"
             )
-        make_root(path)
+        if not is_address(where):
+            make_root(Path(where))
+        medium = medium_at(where)
         mark = {"format": FORMAT, "store": uuid4().hex, "created": now(), "pmm": pmm.__version__}
-        LocalMedium(path).create(MARK, sealed(mark))
-        return cls.open(path)
+        medium.create(MARK, sealed(mark))
+        return cls(where, medium)
 
     @classmethod
-    def open(cls, path: Path | str) -> Store:
+    def open(cls, where: Path | str) -> Store:
         """Raises NotFound, BadInput if it is no store (saying what was found), or NewerFormat."""
-        path = Path(path)
-        if not path.exists():
-            raise NotFound(f"no store at {path}; `pmm precompute DATASET --store {path}` makes one")
-        if not path.is_dir():
-            raise BadInput(f"{path} is a file, a store is a folder with a {MARK}; name the folder")
-        if not _is_store(path):
-            found = _foreign_names(path) or "nothing"
-            raise BadInput(f"{path} is a folder without a {MARK} (it holds {found}), so it is no store")
-        return cls(path, LocalMedium(path))
+        if not _is_there(where):
+            raise NotFound(f"no store at {where}; `pmm precompute DATASET --store {where}` makes one")
+        if _is_file(where):
+            raise BadInput(f"{where} is a file, a store is a folder with a {MARK}; name the folder")
+        if not _is_store(where):
+            found = _foreign_names(where) or "nothing"
+            raise BadInput(f"{where} is a folder without a {MARK} (it holds {found}), so it is no store")
+        return cls(where, medium_at(where))
 
     @classmethod
-    def open_or_create(cls, path: Path | str) -> Store:
+    def open_or_create(cls, where: Path | str) -> Store:
         """Raises as ``create`` and ``open`` do; a file or a foreign folder is BadInput."""
-        path = Path(path)
-        fresh = not path.exists() or (path.is_dir() and not _foreign_names(path))
-        return cls.create(path) if fresh else cls.open(path)
+        fresh = not _is_there(where) or not (_is_file(where) or _foreign_names(where))
+        return cls.create(where) if fresh else cls.open(where)
 
     def refresh(self) -> None:
         """Learns what appeared (and what vanished) since; reads new names only."""
         before = set(self._records.items)
         tables = (self._specs, self._records, self._listings, self._failures, self._removals, self._damaged)
-        changed = [table.refresh(self.medium, self.path) for table in tables]
+        changed = [table.refresh(self.medium, self.where) for table in tables]
         for key in before - set(self._records.items):
             self._readers.pop(_stem(key), None)
         if any(changed):
@@ -281,7 +283,7 @@ class Store:
                 self._records.items[one.record] = one
                 self._derive()
                 return one
-            where = str(self.path / one.record)
+            where = f"{self.where}/{one.record}"
             if Fragment.from_bytes(found, spec.id, one.location, where) is not None:
                 raise StoreCorrupt(f"{where} was written by somebody else under our own random name")
             # `gc` took us for dead and left "abandoned" there: once more, under another name.
@@ -292,7 +294,7 @@ class Store:
         if key in self._specs.items:
             return
         found = self.medium.create(key, spec.to_bytes())
-        self._specs.items[key] = _load_spec(key, found, str(self.path / key))
+        self._specs.items[key] = _load_spec(key, found, f"{self.where}/{key}")
         self._specs.problems.pop(key, None)
 
     # -- takes
@@ -380,7 +382,7 @@ class Store:
         """One durable sheet for the failures of a run; nothing is written for none."""
         if not failures:
             return
-        self._failures.refresh(self.medium, self.path)
+        self._failures.refresh(self.medium, self.where)
         attempts: dict[str, int] = {}
         for one in self.failures():
             attempts[one.key] = max(attempts.get(one.key, 0), one.attempt)
@@ -457,7 +459,7 @@ class Store:
         key = f"{folder}/{uuid4().hex}.jsonl"
         data = _sheet({"created": now(), "writer": writer(), **header}, lines)
         if self.medium.create(key, data) != data:
-            raise StoreCorrupt(f"{self.path / key} was written by somebody else under our own random name")
+            raise StoreCorrupt(f"{self.where}/{key} was written by somebody else under our own random name")
         self.refresh()
 
     def _derive(self) -> None:
@@ -486,7 +488,7 @@ class Store:
         found = self._index(spec_id).find(row_id)
         if found is None:
             raise NotFound(
-                f"clip {row_id} has no {self._called(spec_id)} in {self.path}; run `pmm precompute`"
+                f"clip {row_id} has no {self._called(spec_id)} in {self.where}; run `pmm precompute`"
             )
         return found
 
@@ -534,7 +536,7 @@ class _Table(Generic[T]):
         self.problems: dict[str, str] = {}
         self._folder, self._ending, self._limit, self._load = folder, ending, limit, load
 
-    def refresh(self, medium: Medium, path: Path) -> bool:
+    def refresh(self, medium: Medium, where: str) -> bool:
         """Whether anything appeared or vanished."""
         found = {one.key: one.size for one in medium.list(self._folder) if one.key.endswith(self._ending)}
         known = self.items.keys() | self.problems.keys()
@@ -544,16 +546,16 @@ class _Table(Generic[T]):
         new = sorted(found.keys() - known)
         for key in new:
             try:
-                self._read(medium, key, found[key], path)
+                self._read(medium, key, found[key], where)
             except PmmError as error:
                 self.problems[key] = str(error)
         return bool(new or known - found.keys())
 
-    def _read(self, medium: Medium, key: str, size: int, path: Path) -> None:
+    def _read(self, medium: Medium, key: str, size: int, where: str) -> None:
         if size > self._limit > 0:
-            raise StoreCorrupt(f"{path / key} has {size} bytes; no more than {self._limit} are read")
+            raise StoreCorrupt(f"{where}/{key} has {size} bytes; no more than {self._limit} are read")
         data = medium.read(key, 0, size) if self._limit else b""
-        self.items[key] = self.load(key, data, str(path / key))
+        self.items[key] = self.load(key, data, f"{where}/{key}")
 
     def load(self, key: str, data: bytes, where: str) -> T:
         """What ``data`` says. Raises a PmmError."""
@@ -595,20 +597,39 @@ def _is_row_id(text: str) -> bool:
     return fragments.HEX64.fullmatch(text) is not None
 
 
-def _is_store(path: Path) -> bool:
-    return (path / MARK).is_file()
+def medium_at(where: Path | str) -> Medium:
+    return ObjectMedium(str(where)) if is_address(where) else LocalMedium(Path(where))
 
 
-def _foreign_names(path: Path) -> str:
-    """A few of the names in ``path``; hidden ones and what a killed ``create`` leaves do not count."""
-    if not path.is_dir():
-        return ""
-    names = sorted(name for name in os.listdir(path) if not name.startswith(".") and name != "tmp")
+def _is_store(where: Path | str) -> bool:
+    if not is_address(where):
+        return (Path(where) / MARK).is_file()
+    try:
+        return bool(medium_at(where).read(MARK, 0, 1))
+    except NotFound:
+        return False
+
+
+def _is_there(where: Path | str) -> bool:
+    return _is_store(where) or bool(_foreign_names(where)) if is_address(where) else Path(where).exists()
+
+
+def _is_file(where: Path | str) -> bool:
+    return not is_address(where) and Path(where).exists() and not Path(where).is_dir()
+
+
+def _foreign_names(where: Path | str) -> str:
+    """A few of the names in ``where``; hidden ones and what a killed ``create`` leaves do not count."""
+    if is_address(where):
+        found = ObjectMedium(str(where)).names()
+    else:
+        found = os.listdir(where) if Path(where).is_dir() else []
+    names = sorted(name for name in found if not name.startswith(".") and name != "tmp")
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _read_mark(path: Path, medium: Medium) -> Mapping[str, Any]:
-    where = str(path / MARK)
+def _read_mark(root: str, medium: Medium) -> Mapping[str, Any]:
+    where = f"{root}/{MARK}"
     data = medium.read(MARK, 0, _SMALL_BYTES)
     value = strict_json(data, where)
     try:

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
@@ -24,6 +25,7 @@ import numpy as np
 import pmm
 from pmm import AlreadyThere, BadInput, NotFound, PmmError, StoreCorrupt
 from pmm.store import fragment as fragments
+from pmm.store import index
 from pmm.store.clip import Take
 from pmm.store.digest import json_line, sealed, strict_json, unsealed
 from pmm.store.feature import FeatureSpec
@@ -62,14 +64,23 @@ class Failure:
 
 @dataclass(frozen=True)
 class Listing:
-    """One run's list of the takes in a dataset."""
+    """One run's list of the takes in a dataset. ``body`` is the sha256 of its lines."""
 
     name: str
     dataset: str
     origin: Mapping[str, str]
     created: str
     replaces: tuple[str, ...]
-    takes: tuple[Take, ...] = field(repr=False)
+    body: str
+    read: Callable[[], tuple[Take, ...]] = field(repr=False, compare=False)
+
+    @cached_property
+    def takes(self) -> tuple[Take, ...]:
+        """Read when first asked for: opening a store of a million takes needs none of them.
+
+        Raises StoreCorrupt if the lines are not those that were written.
+        """
+        return self.read()
 
     def order(self) -> tuple[str, str]:
         return (self.created, self.name)
@@ -110,13 +121,14 @@ class Store:
     _indexes: dict[str, _Index]
     _takes: list[Take] | None
 
-    def __init__(self, where: Path | str, medium: Medium):
+    def __init__(self, where: Path | str, medium: Medium, indexed: bool = True):
+        """``indexed=False`` believes no index object: for whoever checks or deletes."""
         self.where = str(where)  # the folder or address, as messages name it
         self.medium = medium
         self.about = _read_mark(self.where, medium)
         self._specs = _Table("specs", ".json", _SMALL_BYTES, _load_spec)
-        self._records = _Table("records", ".json", fragments.RECORD_BYTES, _load_record)
-        self._listings = _Table("datasets", ".jsonl", SHEET_BYTES, _load_listing)
+        self._records = _Records(indexed)
+        self._listings = _Listings("datasets", ".jsonl", SHEET_BYTES, _load_listing)
         self._failures = _Table("failures", ".jsonl", SHEET_BYTES, _load_failures)
         self._removals = _Table("removed", ".json", _SMALL_BYTES, _load_removal)
         self._damaged = _Table("damaged", ".json", 0, lambda key, data, where: None)
@@ -186,7 +198,8 @@ class Store:
     def problems(self) -> Mapping[str, str]:
         tables = (self._specs, self._records, self._listings, self._failures, self._removals)
         found = {key: reason for table in tables for key, reason in table.problems.items()}
-        return {key: reason for key, reason in found.items() if _stem(key) not in self.damaged}
+        told = {key: reason for key, reason in found.items() if _stem(key) not in self.damaged}
+        return told | self._records.bad_indexes
 
     # -- features
 
@@ -238,6 +251,8 @@ class Store:
         Raises NotFound, or StoreCorrupt naming the clip.
         """
         one, index = self._find(spec_id, row_id)
+        if not self._proven(one):
+            one, index = self._find(spec_id, row_id)
         try:
             return self.reader(one).rows(index)
         except (StoreCorrupt, NotFound) as error:
@@ -247,10 +262,20 @@ class Store:
         return self.read(spec_id, row_id)
 
     def reader(self, fragment: Fragment) -> Reader:
-        """The fragment opened, checked at first touch."""
+        """The fragment opened, checked at first touch. Raises StoreCorrupt."""
+        if not self._proven(fragment):
+            raise StoreCorrupt(f"{self.where}/{fragment.record} is not what an index object said; ask again")
         if fragment.location not in self._readers:
             self._readers[fragment.location] = Reader(self.medium, fragment)
         return self._readers[fragment.location]
+
+    def _proven(self, one: Fragment) -> bool:
+        """Whether the record itself says what we know of the fragment; if not, we know better now."""
+        if self._records.prove(one, self.medium, self.where):
+            return True
+        self.refresh()
+        self._derive()
+        return False
 
     def publish(
         self,
@@ -304,21 +329,32 @@ class Store:
         of the same. Returns False, and writes nothing, where the current one says exactly this.
         """
         self.refresh()
-        takes = [replace(take, dataset=dataset) for take in takes]
+        lines = [replace(take, dataset=dataset).to_json() for take in takes]
         origin = {key: str(text) for key, text in origin.items()}
         earlier = [one for one in self.listings() if (one.dataset, one.origin) == (dataset, origin)]
-        if len(earlier) == 1 and list(earlier[0].takes) == takes:
+        if len(earlier) == 1 and earlier[0].body == _body(lines)[1]:
             return False
         header = {
             "dataset": dataset,
             "origin": origin,
             "replaces": [one.name for one in earlier],
         }
-        self._publish_sheet("datasets", header, [take.to_json() for take in takes])
+        self._publish_sheet("datasets", header, lines)
         return True
 
     def listings(self) -> list[Listing]:
         """Live listings, the earliest first."""
+        return self._live_listings
+
+    def _read_listings(self) -> list[Listing]:
+        """Live listings, their takes read. One that is damaged counts as absent, and is told."""
+        for one in self._live_listings:
+            try:
+                one.takes  # noqa: B018
+            except PmmError as error:
+                self._listings.refuse(one, error)
+                self._derive()
+                return self._read_listings()  # what it replaced is live again
         return self._live_listings
 
     def takes(self) -> list[Take]:
@@ -327,10 +363,10 @@ class Store:
         A take that stands in several listings has the label and attributes of the earliest.
         """
         if self._takes is None:
-            found: dict[str, Take] = {}
-            for listing in self._live_listings:
+            found: dict[tuple[str, str | None, str], Take] = {}  # by what decides a take's id
+            for listing in self._read_listings():
                 for take in listing.takes:
-                    found.setdefault(take.id, take)
+                    found.setdefault((take.clip.id, take.target, take.subject), take)
             self._takes = [take for take in found.values() if not self.hides(take)]
         return list(self._takes)
 
@@ -413,7 +449,7 @@ class Store:
         if _is_row_id(one.key):
             rows = {one.key, *self._targets_of(one.key)} if one.stage == "target" else {one.key}
             return any(not rows.isdisjoint(later.row_ids) for later in self._written_since(one))
-        later = (listing for listing in self._live_listings if listing.created >= one.when)
+        later = (listing for listing in self._read_listings() if listing.created >= one.when)
         return any(_came_from(one.source, take, listing) for listing in later for take in listing.takes)
 
     def _written_since(self, one: Failure) -> Iterable[Fragment]:
@@ -430,6 +466,7 @@ class Store:
 
     def lists(self, folder: str) -> list[str]:
         """Keys of the files in ``folder`` (specs, datasets, failures, removed) that are whole."""
+        self._read_listings()
         return sorted(self._list_table(folder).items)
 
     def adopt(self, key: str, data: bytes) -> None:
@@ -450,6 +487,36 @@ class Store:
             "removed": self._removals,
         }
         return tables[folder]
+
+    # -- index objects
+
+    def keep_index(self) -> bool:
+        """Writes an index object over the records that none covers, if they are many; returns whether.
+
+        For whoever has published, so that opening stays fast. Deletes those that no record needs any more.
+        """
+        self.refresh()
+        sizes = {one.key: one.size for one in self.medium.list("records")}
+        needed = {by for key, by in self._records.covered.items() if key in sizes}
+        for name in self._records.indexes - needed:
+            index.forget(self.medium, name)
+        mine = {key: one for key, one in self._records.uncovered().items() if key in sizes}
+        if len(mine) < max(index.WORTH_WRITING, len(self._records.covered) // 8):
+            return False
+        told = {key: index.Known(sizes[key], one, "") for key, one in mine.items()}
+        name = index.write(self.medium, {"created": now(), "writer": writer()}, told)
+        self._records.covered |= dict.fromkeys(told, name)
+        return True
+
+    def drop_bad_indexes(self) -> dict[str, str]:
+        """Deletes, where we may, the index objects that do not say what the records do; tells why.
+
+        For a store that was opened with ``indexed=False``.
+        """
+        bad = index.compare(self.medium, self.where, self._records.items)
+        for name in bad:
+            index.forget(self.medium, name)
+        return bad
 
     # -- below
 
@@ -544,12 +611,16 @@ class _Table(Generic[T]):
             self.items.pop(key, None)
             self.problems.pop(key, None)
         new = sorted(found.keys() - known)
+        self._foresee(medium, new, where)
         for key in new:
             try:
                 self._read(medium, key, found[key], where)
             except PmmError as error:
                 self.problems[key] = str(error)
         return bool(new or known - found.keys())
+
+    def _foresee(self, medium: Medium, new: Sequence[str], where: str) -> None:
+        """What is about to be read."""
 
     def _read(self, medium: Medium, key: str, size: int, where: str) -> None:
         if size > self._limit > 0:
@@ -559,12 +630,88 @@ class _Table(Generic[T]):
 
     def load(self, key: str, data: bytes, where: str) -> T:
         """What ``data`` says. Raises a PmmError."""
+        return self._said(lambda: self._load(key, data, where), where)
+
+    def _said(self, parse: Callable[[], T], where: str) -> T:
         try:
-            return self._load(key, data, where)
+            return parse()
         except PmmError:
             raise
         except MALFORMED as error:  # sealed, but not what this folder holds
             raise StoreCorrupt(f"{where} is not what {self._folder}/ holds ({error})") from None
+
+
+class _Records(_Table[Fragment | None]):
+    """Records; in a large store as index objects tell them, until each is proven."""
+
+    def __init__(self, indexed: bool):
+        super().__init__("records", ".json", fragments.RECORD_BYTES, _load_record)
+        self.covered: dict[str, str] = {}  # record key to the index object that names it
+        self.indexes: set[str] = set()  # index objects that were read
+        self.bad_indexes: dict[str, str] = {}
+        self._indexed = indexed
+        self._told: Mapping[str, index.Known] = {}
+        self._unproven: set[str] = set()
+
+    def uncovered(self) -> dict[str, Fragment | None]:
+        return {key: one for key, one in self.items.items() if key not in self.covered}
+
+    def _foresee(self, medium: Medium, new: Sequence[str], where: str) -> None:
+        self._told = {}
+        if self._indexed and len(new) >= index.WORTH_READING:
+            self._told, seen, self.bad_indexes = index.read(medium, where, set(new))
+            self.indexes |= seen
+
+    def _read(self, medium: Medium, key: str, size: int, where: str) -> None:
+        told = self._told.get(key)
+        if told is None or told.size != size:
+            super()._read(medium, key, size, where)
+            return
+        self.items[key] = told.fragment
+        self.covered[key] = told.index
+        self._unproven.add(key)
+
+    def prove(self, one: Fragment, medium: Medium, where: str) -> bool:
+        """Whether the record of ``one`` says just that. If not, all that its index object told is
+        forgotten, so that ``refresh`` reads those records, and the object deleted where we may."""
+        if one.record not in self._unproven:
+            return True
+        try:
+            data = medium.read(one.record, 0, fragments.RECORD_BYTES)
+            found = self.load(one.record, data, f"{where}/{one.record}")
+        except PmmError:
+            found = None
+        if found is not None and found.to_bytes() == one.to_bytes():
+            self._unproven.discard(one.record)
+            return True
+        self._distrust(self.covered[one.record], medium)
+        return False
+
+    def _distrust(self, name: str, medium: Medium) -> None:
+        index.forget(medium, name)
+        self._indexed = False
+        for key in [key for key, by in self.covered.items() if by == name]:
+            del self.covered[key]
+            self._unproven.discard(key)
+            self.items.pop(key, None)
+
+
+class _Listings(_Table[Listing]):
+    """Listings, of which only the header is read at first."""
+
+    def _read(self, medium: Medium, key: str, size: int, where: str) -> None:
+        path = f"{where}/{key}"
+        head = medium.read(key, 0, min(size, _SMALL_BYTES)).partition(b"\n")[0] + b"\n"
+
+        def read() -> tuple[Take, ...]:
+            return self.load(key, medium.read(key, 0, SHEET_BYTES), path).takes
+
+        self.items[key] = self._said(lambda: _listing(key, unsealed(head, path), path, read), path)
+
+    def refuse(self, one: Listing, error: PmmError) -> None:
+        key = f"datasets/{one.name}.jsonl"
+        self.items.pop(key, None)
+        self.problems[key] = str(error)
 
 
 def now() -> str:
@@ -670,9 +817,13 @@ def _load_record(key: str, data: bytes, where: str) -> Fragment | None:
 
 def _sheet(header: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> bytes:
     """A header that seals itself and the lines below it."""
+    body, digest = _body(lines)
+    return sealed({**header, "format": FORMAT, "lines": body.count(b"\n"), "body": digest}) + body
+
+
+def _body(lines: Iterable[Mapping[str, Any]]) -> tuple[bytes, str]:
     body = b"".join(json_line(one) for one in lines)
-    counted = {"format": FORMAT, "lines": body.count(b"\n"), "body": hashlib.sha256(body).hexdigest()}
-    return sealed({**header, **counted}) + body
+    return body, hashlib.sha256(body).hexdigest()
 
 
 def _unsheet(data: bytes, where: str) -> tuple[dict[str, Any], list[Any]]:
@@ -686,9 +837,17 @@ def _unsheet(data: bytes, where: str) -> tuple[dict[str, Any], list[Any]]:
 
 def _load_listing(key: str, data: bytes, where: str) -> Listing:
     header, lines = _unsheet(data, where)
+    takes = tuple(Take.from_json(one, where) for one in lines)
+    return _listing(key, header, where, lambda: takes)
+
+
+def _listing(
+    key: str, header: Mapping[str, Any], where: str, read: Callable[[], tuple[Take, ...]]
+) -> Listing:
+    refuse_newer(header, where)
     origin = {str(name): str(text) for name, text in header["origin"].items()}
     people = (str(header["dataset"]), origin, str(header["created"]), _texts(header, "replaces"))
-    return Listing(_stem(key), *people, tuple(Take.from_json(one, where) for one in lines))
+    return Listing(_stem(key), *people, str(header["body"]), read)
 
 
 def _load_failures(key: str, data: bytes, where: str) -> tuple[Failure, ...]:

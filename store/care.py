@@ -71,9 +71,10 @@ def verify(store: Store, on_event: Callable[[Verified], None] | None = None) -> 
 
     Objects against size and sha256; each clip's rows against its sum; zarr metadata, offsets and ids
     against the record; specs against their names; listings, failures and removals against their own
-    sums. Reads everything anew: what ``store`` has in memory or mapped is not trusted.
+    sums. Reads everything anew: what ``store`` has in memory or mapped is not trusted. Changes nothing
+    but that index objects which do not say what the records do are deleted, where we may.
     """
-    fresh = Store(store.where, store.medium)
+    fresh = Store(store.where, store.medium, indexed=False)
     found = fresh.fragments()
     total = sum(one.bytes for one in found)
     sources = _sources(fresh)
@@ -82,6 +83,7 @@ def verify(store: Store, on_event: Callable[[Verified], None] | None = None) -> 
         for key, reason in fresh.problems.items()
     ]
     damaged += _missing_specs(fresh, found)
+    damaged += [Damage(key, reason) for key, reason in fresh.drop_bad_indexes().items()]
     done = 0
 
     def passed(size: int) -> None:
@@ -108,7 +110,7 @@ def _check(store: Store, one: Fragment, passed: Callable[[int], None]) -> Iterat
     """What is wrong with one fragment."""
     whole = True
     for stored in one.objects:
-        reason = _object_damage(store, one, stored)
+        reason = object_damage(store, one, stored)
         passed(stored.size)
         if reason:
             whole = False
@@ -120,7 +122,7 @@ def _check(store: Store, one: Fragment, passed: Callable[[int], None]) -> Iterat
         yield Damage(one.folder, "all clips read as they were written; only padding or metadata is hit")
 
 
-def _object_damage(store: Store, one: Fragment, stored: Object) -> str:
+def object_damage(store: Store, one: Fragment, stored: Object) -> str:
     """Why this object is not the recorded one; empty if it is."""
     key = f"{one.folder}/{stored.path}"
     running, size = hashlib.sha256(), 0

@@ -169,7 +169,7 @@ class Store:
     @classmethod
     def open(cls, where: Path | str) -> Store:
         """Raises NotFound, BadInput if it is no store (saying what was found), or NewerFormat."""
-        if not _is_there(where):
+        if not is_there(where):
             raise NotFound(f"no store at {where}; `pmm precompute DATASET --store {where}` makes one")
         if _is_file(where):
             raise BadInput(f"{where} is a file, a store is a folder with a {MARK}; name the folder")
@@ -181,7 +181,7 @@ class Store:
     @classmethod
     def open_or_create(cls, where: Path | str) -> Store:
         """Raises as ``create`` and ``open`` do; a file or a foreign folder is BadInput."""
-        fresh = not _is_there(where) or not (_is_file(where) or _foreign_names(where))
+        fresh = not is_there(where) or not (_is_file(where) or _foreign_names(where))
         return cls.create(where) if fresh else cls.open(where)
 
     def refresh(self) -> None:
@@ -678,12 +678,11 @@ class _Records(_Table[Fragment | None]):
             return True
         try:
             data = medium.read(one.record, 0, fragments.RECORD_BYTES)
-            found = self.load(one.record, data, f"{where}/{one.record}")
+            if index.same(self.load(one.record, data, f"{where}/{one.record}"), one):
+                self._unproven.discard(one.record)
+                return True
         except PmmError:
-            found = None
-        if found is not None and found.to_bytes() == one.to_bytes():
-            self._unproven.discard(one.record)
-            return True
+            pass  # the refresh will tell it
         self._distrust(self.covered[one.record], medium)
         return False
 
@@ -757,7 +756,8 @@ def _is_store(where: Path | str) -> bool:
         return False
 
 
-def _is_there(where: Path | str) -> bool:
+def is_there(where: Path | str) -> bool:
+    """Whether anything is at ``where``."""
     return _is_store(where) or bool(_foreign_names(where)) if is_address(where) else Path(where).exists()
 
 

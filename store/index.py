@@ -20,7 +20,7 @@ then the lengths, int64 little-endian, and the row ids, 32 bytes each, of all ro
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -50,26 +50,44 @@ class Known:
     index: str
 
 
-def read(medium: Medium, where: str, wanted: set[str]) -> tuple[dict[str, Known], set[str], dict[str, str]]:
+def read(medium: Medium, where: str, wanted: Set[str]) -> tuple[dict[str, Known], set[str], dict[str, str]]:
     """What index objects say of the records ``wanted``, which were read for it, and the unusable with why."""
     found: dict[str, Known] = {}
     seen: set[str] = set()
     problems: dict[str, str] = {}
-    for key, size in sorted((one.key, one.size) for one in medium.list(FOLDER) if one.key.endswith(ENDING)):
+    for key, size in _listed(medium):
         if wanted <= found.keys():
             break
         try:
-            if size > _LARGEST:
-                raise StoreCorrupt(f"{where}/{key} has {size} bytes; no more than {_LARGEST} are read")
-            found |= _parse(key, medium.read(key, 0, size), f"{where}/{key}", wanted - found.keys())
+            found |= _read_one(medium, key, size, where, wanted - found.keys())
             seen.add(key)
         except NotFound:
             continue  # deleted since it was listed
-        except PmmError as error:
-            problems[key] = f"{error}; delete it: an index object is only a shortcut"
-        except MALFORMED as error:
-            problems[key] = f"{where}/{key} is no index object ({error}); delete it, it is only a shortcut"
+        except StoreCorrupt as error:
+            problems[key] = str(error)
     return found, seen, problems
+
+
+def compare(medium: Medium, where: str, records: Mapping[str, Fragment | None]) -> dict[str, str]:
+    """The index objects that are unusable or do not say what ``records``, all read just now, do; and why."""
+    wrong: dict[str, str] = {}
+    listed = {one.key for one in medium.list("records")}
+    for key, size in _listed(medium):
+        try:
+            told = _read_one(medium, key, size, where, listed)
+        except (StoreCorrupt, NotFound) as error:
+            wrong[key] = str(error)
+            continue
+        if any(one not in records or not same(records[one], told[one].fragment) for one in told):
+            wrong[key] = f"{where}/{key} does not say what the records do; delete it, it is only a shortcut"
+    return wrong
+
+
+def same(one: Fragment | None, other: Fragment | None) -> bool:
+    """Whether two records say the same."""
+    if one is None or other is None:
+        return one is other
+    return one.to_bytes() == other.to_bytes()
 
 
 def write(medium: Medium, header: Mapping[str, Any], records: Mapping[str, Known]) -> str:
@@ -81,7 +99,7 @@ def write(medium: Medium, header: Mapping[str, Any], records: Mapping[str, Known
         if one.fragment:
             lengths.append(one.fragment.lengths.astype("<i8").tobytes())
             ids.append(one.fragment.ids)
-    text = json_line(lines)
+    text = json_line({"records": lines})
     body = b"".join([text, *lengths, *ids])
     rows = sum(map(len, ids)) // ID_BYTES
     counted = {"format": FORMAT, "json": len(text), "rows": rows, "body": hashlib.sha256(body).hexdigest()}
@@ -90,7 +108,24 @@ def write(medium: Medium, header: Mapping[str, Any], records: Mapping[str, Known
     return key
 
 
-def _parse(key: str, data: bytes, where: str, wanted: set[str]) -> dict[str, Known]:
+def _listed(medium: Medium) -> list[tuple[str, int]]:
+    return sorted((one.key, one.size) for one in medium.list(FOLDER) if one.key.endswith(ENDING))
+
+
+def _read_one(medium: Medium, key: str, size: int, where: str, wanted: Set[str]) -> dict[str, Known]:
+    """Raises StoreCorrupt, or NotFound."""
+    path = f"{where}/{key}"
+    if size > _LARGEST:
+        raise StoreCorrupt(f"{path} has {size} bytes; no more than {_LARGEST} are read")
+    try:
+        return _parse(key, medium.read(key, 0, size), path, wanted)
+    except NotFound:
+        raise
+    except (PmmError, *MALFORMED) as error:
+        raise StoreCorrupt(f"{path} is no index object ({error}); delete it, it is only a shortcut") from None
+
+
+def _parse(key: str, data: bytes, where: str, wanted: Set[str]) -> dict[str, Known]:
     head, newline, _ = data[: 1 << 16].partition(b"\n")
     header = unsealed(head + newline, where)
     refuse_newer(header, where)
@@ -102,12 +137,12 @@ def _parse(key: str, data: bytes, where: str, wanted: set[str]) -> dict[str, Kno
     ids = body[len(text) + 8 * rows :]
     if len(lengths) != rows or len(ids) != rows * ID_BYTES:
         raise ValueError("its rows are not as many as it says")
-    listed = strict_json(bytes(text), where)
+    listed = strict_json(bytes(text), where)["records"]
     return {one: Known(size, made, key) for one, size, made in _entries(listed, lengths, ids, wanted)}
 
 
 def _entries(
-    listed: list[Any], lengths: np.ndarray, ids: memoryview, wanted: set[str]
+    listed: list[Any], lengths: np.ndarray, ids: memoryview, wanted: Set[str]
 ) -> Iterator[tuple[str, int, Fragment | None]]:
     first = 0
     for key, size, count, told in listed:

@@ -261,6 +261,10 @@ class Store:
                 raise StoreCorrupt(f"clip {row_id} cannot be read: {error}") from None
         return self.read(spec_id, row_id)
 
+    def find(self, spec_id: str, row_id: str) -> tuple[Fragment, int]:
+        """The fragment that serves this row, and its place in there. Raises NotFound."""
+        return self._find(spec_id, row_id)
+
     def reader(self, fragment: Fragment) -> Reader:
         """The fragment opened, checked at first touch. Raises StoreCorrupt."""
         if not self._proven(fragment):
@@ -346,6 +350,10 @@ class Store:
         """Live listings, the earliest first."""
         return self._live_listings
 
+    def every_listing(self) -> list[Listing]:
+        """Those that others replace, too."""
+        return list(self._listings.items.values())
+
     def _read_listings(self) -> list[Listing]:
         """Live listings, their takes read. One that is damaged counts as absent, and is told."""
         for one in self._live_listings:
@@ -381,8 +389,7 @@ class Store:
 
     def listed_takes(self) -> list[Take]:
         """Every take of ``takes``, under every dataset label it is listed by: who is who needs them all."""
-        served = {take.id for take in self.takes()}
-        return [take for listing in self._live_listings for take in listing.takes if take.id in served]
+        return [take for listing in self._read_listings() for take in listing.takes if not self.hides(take)]
 
     # -- removals
 

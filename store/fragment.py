@@ -535,6 +535,21 @@ class Reader:
         self._values = lambda first, last: np.asarray(group["values"][first:last])
 
 
+def object_damage(medium: Medium, one: Fragment, stored: Object) -> str:
+    """Reads an object whole: why it is not the recorded one, in a line; empty if it is."""
+    key = f"{one.folder}/{stored.path}"
+    running, size = hashlib.sha256(), 0
+    try:
+        while block := medium.read(key, size, _BLOCK_BYTES):
+            running.update(block)
+            size += len(block)
+    except PmmError as error:
+        return str(error)
+    if size != stored.size:
+        return f"{size} bytes, the record says {stored.size}"
+    return "" if running.hexdigest() == stored.sha256 else "its sha256 is not the recorded one"
+
+
 _ARRAYS = ("values", "offsets", "clips", "sums")
 _remedy = "run `pmm store verify`, then `pmm precompute` again"
 

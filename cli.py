@@ -36,6 +36,20 @@ INTERRUPTED = 130
 PATH = click.Path(path_type=Path)
 
 
+class _Store(click.ParamType):
+    """A folder, or the address of a bucket."""
+
+    name = "store"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path | str:
+        from pmm.store.remote import place
+
+        return place(value) if isinstance(value, str) else value
+
+
+STORE = _Store()
+
+
 def main(args: list[str] | None = None) -> None:
     """The ``pmm`` command. Exit 0; 1 the user's error; 2 usage; 3 some clips failed; 130 interrupted."""
     try:
@@ -185,7 +199,12 @@ def synth(out: Path, minutes: float, subjects: int, languages: str, seed: int, a
 @pmm.command()
 @click.argument("datasets", nargs=-1, required=True, type=PATH)
 @click.option(
-    "--store", "store_path", required=True, type=PATH, help="The feature store; made if it is not there."
+    "--store",
+    "store_path",
+    required=True,
+    type=STORE,
+    metavar="STORE",
+    help="The feature store, a folder or s3://bucket/prefix; made if it is not there.",
 )
 @click.option("--layout", help="Dataset layout, where looking at the folder is not enough: livelink.")
 @_model_options
@@ -205,7 +224,7 @@ def synth(out: Path, minutes: float, subjects: int, languages: str, seed: int, a
 @_json
 def precompute(
     datasets: tuple[Path, ...],
-    store_path: Path,
+    store_path: Path | str,
     layout: str | None,
     fps: int,
     device: str,
@@ -278,7 +297,7 @@ def _show_plan(plan: Plan, label: str) -> None:
         )
 
 
-def _report(plan: Plan, outcome: Outcome | None, store: Path, as_json: bool) -> None:
+def _report(plan: Plan, outcome: Outcome | None, store: Path | str, as_json: bool) -> None:
     for failure in outcome.failures if outcome else ():
         named = Path(failure.source).name in failure.reason
         click.echo(f"pmm: failed: {'' if named else failure.source + ': '}{failure.reason}", err=True)
@@ -298,13 +317,13 @@ def _report(plan: Plan, outcome: Outcome | None, store: Path, as_json: bool) -> 
     if outcome and outcome.failures:
         click.echo(
             f"pmm: {len(outcome.failures)} recordings could not be used; each is named above and recorded in "
-            f"{store / 'failures'}",
+            f"{store}/failures",
             err=True,
         )
 
 
 @pmm.command()
-@click.argument("store_path", metavar="STORE", type=PATH)
+@click.argument("store_path", metavar="STORE", type=STORE)
 @click.option("--run", "run_path", required=True, type=PATH, help="A new folder for the run.")
 @click.option("--preset", type=click.Choice(["fast", "paper"]), default="fast", show_default=True)
 @click.option("--rig", type=click.Choice(["lip32", "arkit52"]), default="lip32", show_default=True)
@@ -328,7 +347,7 @@ def _report(plan: Plan, outcome: Outcome | None, store: Path, as_json: bool) -> 
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 @_json
 def fit(
-    store_path: Path,
+    store_path: Path | str,
     run_path: Path,
     features: tuple[str, ...],
     resume: bool,
@@ -398,10 +417,16 @@ class _FitProgress:
 @click.option(
     "--split", type=click.Choice(["train", "validation", "test"]), default="test", show_default=True
 )
-@click.option("--store", "store_path", type=PATH, help="[default: the store the run was fitted on]")
+@click.option(
+    "--store",
+    "store_path",
+    type=STORE,
+    metavar="STORE",
+    help="[default: the store the run was fitted on]",
+)
 @_device
 @_json
-def evaluate(run_path: Path, split: str, store_path: Path | None, device: str, as_json: bool) -> None:
+def evaluate(run_path: Path, split: str, store_path: Path | str | None, device: str, as_json: bool) -> None:
     """Score a run: LVE and ALE beside the training mean face and silence, on the same clips."""
     from pmm.store.catalog import Store
     from pmm.train.evaluate import evaluate as score
@@ -477,13 +502,13 @@ def store() -> None:
     """Look into a feature store and check it."""
 
 
-_store_argument = click.argument("store_path", metavar="STORE", type=PATH)
+_store_argument = click.argument("store_path", metavar="STORE", type=STORE)
 
 
 @store.command()
 @_store_argument
 @_json
-def info(store_path: Path, as_json: bool) -> None:
+def info(store_path: Path | str, as_json: bool) -> None:
     """What is in STORE, since when, by whom and how large."""
     from pmm.store.care import info as summarise
     from pmm.store.catalog import Store
@@ -528,7 +553,7 @@ def _when(iso: str) -> str:
 @store.command()
 @_store_argument
 @_json
-def ls(store_path: Path, as_json: bool) -> None:
+def ls(store_path: Path | str, as_json: bool) -> None:
     """The takes in STORE, one a line, with the modalities each has."""
     from pmm.store.care import contents
     from pmm.store.catalog import Store
@@ -545,7 +570,7 @@ def ls(store_path: Path, as_json: bool) -> None:
 @store.command()
 @_store_argument
 @_json
-def verify(store_path: Path, as_json: bool) -> None:
+def verify(store_path: Path | str, as_json: bool) -> None:
     """Read every byte of STORE and check it against its checksum; exit 3 if anything is damaged."""
     from pmm.store.care import verify as check
     from pmm.store.catalog import Store

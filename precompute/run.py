@@ -21,7 +21,7 @@ from pmm.precompute.datasets import find, livelink
 from pmm.precompute.plan import Plan, Source, Work, batches, make_plan
 from pmm.precompute.survey import Probed, one_line, survey
 from pmm.store import clock, fragment
-from pmm.store.catalog import Failure, Store
+from pmm.store.catalog import Failure, Store, is_there
 from pmm.store.clip import target_id
 from pmm.store.feature import FeatureSpec
 
@@ -140,7 +140,7 @@ class Outbox:
 
 def precompute(
     folders: Sequence[Path],
-    store_path: Path,
+    store_path: Path | str,
     models: ModelSet,
     *,
     fps: int = 30,
@@ -158,7 +158,7 @@ def precompute(
     from pmm.precompute.models import load
 
     founds = [(folder, find(folder, layout)) for folder in folders]
-    fresh = dry_run and not store_path.exists()
+    fresh = dry_run and not is_there(store_path)
     store = None if fresh else Store.open_or_create(store_path)
     frozen = load(models, fps=fps, device=device)
     seen = survey(founds, on_event)

@@ -775,10 +775,10 @@ def _is_file(where: Path | str) -> bool:
 def _foreign_names(where: Path | str) -> str:
     """A few of the names in ``where``; hidden ones and what a killed ``create`` leaves do not count."""
     if is_address(where):
-        found = ObjectMedium(str(where)).names()
+        there = ObjectMedium(str(where)).names()
     else:
-        found = os.listdir(where) if Path(where).is_dir() else []
-    names = sorted(name for name in found if not name.startswith(".") and name != "tmp")
+        there = tuple(os.listdir(where)) if Path(where).is_dir() else ()
+    names = sorted(name for name in there if not name.startswith(".") and name != "tmp")
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 

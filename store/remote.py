@@ -39,6 +39,11 @@ def is_address(where: Path | str) -> bool:
     return isinstance(where, str) and "://" in where
 
 
+def place(text: str) -> Path | str:
+    """A folder or an address, from how a user writes it."""
+    return text if is_address(text) else Path(text)
+
+
 class ObjectMedium:
     """A prefix of a bucket, ``s3://bucket/prefix``.
 

@@ -52,8 +52,8 @@ def _choose(store: Store, modality: str, fps: int, wanted: str, made_by: Mapping
     present.sort(key=lambda spec: (spec.fps or 0, spec.id))
     if not present:
         raise NotFound(
-            f"the store at {store.path} holds no {modality} features; "
-            f"`pmm precompute DATASET --store {store.path}` makes them"
+            f"the store at {store.where} holds no {modality} features; "
+            f"`pmm precompute DATASET --store {store.where}` makes them"
         )
     fitting = [spec for spec in present if spec.fps in (None, fps) and spec.id.startswith(wanted)]
     if len(fitting) == 1:
@@ -65,10 +65,10 @@ def _choose(store: Store, modality: str, fps: int, wanted: str, made_by: Mapping
     if not fitting:
         asked = f"{modality}={wanted} at {fps} fps" if wanted else f"{modality} features at {fps} fps"
         raise NotFound(
-            f"the store at {store.path} holds no {asked}, only {listed}; choose by --fps or --features"
+            f"the store at {store.where} holds no {asked}, only {listed}; choose by --fps or --features"
         )
     raise BadInput(
-        f"the store at {store.path} holds {len(fitting)} kinds of {modality} features: {listed}; "
+        f"the store at {store.where} holds {len(fitting)} kinds of {modality} features: {listed}; "
         f"choose one with --features {modality}={fitting[0].id[:12]}"
     )
 
@@ -179,7 +179,7 @@ def load(
             skipped.append(Skipped(take.id, take.source or take.clip.id, found))
     if not kept:
         why = f"; the first: {skipped[0].source}: {skipped[0].reason}" if skipped else ""
-        raise BadInput(f"none of {len(performed)} takes in {store.path} can be used{why}")
+        raise BadInput(f"none of {len(performed)} takes in {store.where} can be used{why}")
     takes = [take for _, take in kept]
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     features = {

@@ -11,10 +11,11 @@ import getpass
 import hashlib
 import os
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
@@ -833,13 +834,14 @@ def _body(lines: Iterable[Mapping[str, Any]]) -> tuple[bytes, str]:
     return body, hashlib.sha256(body).hexdigest()
 
 
-def _unsheet(data: bytes, where: str) -> tuple[dict[str, Any], list[Any]]:
-    head, newline, body = data.partition(b"\n")
-    header = unsealed(head + newline, where)
+def _unsheet(data: bytes, where: str) -> tuple[dict[str, Any], Iterator[Any]]:
+    """The header and, one after another, the lines below it. Both raise StoreCorrupt or BadInput."""
+    lines = BytesIO(data)  # shares the bytes
+    header = unsealed(lines.readline(), where)
     refuse_newer(header, where)
-    if hashlib.sha256(body).hexdigest() != header.get("body"):
+    if hashlib.sha256(memoryview(data)[lines.tell() :]).hexdigest() != header.get("body"):
         raise StoreCorrupt(f"{where} is not as it was written: its lines do not match their sha256")
-    return header, [strict_json(one, where) for one in body.splitlines()]
+    return header, (strict_json(one, where) for one in lines)
 
 
 def _load_listing(key: str, data: bytes, where: str) -> Listing:

@@ -89,7 +89,7 @@ class Listing:
     def to_bytes(self) -> bytes:
         """The file, but for who wrote it."""
         header = {"created": self.created, "dataset": self.dataset, "origin": dict(self.origin)}
-        return _sheet({**header, "replaces": list(self.replaces)}, [take.to_json() for take in self.takes])
+        return sheet({**header, "replaces": list(self.replaces)}, [take.to_json() for take in self.takes])
 
 
 @dataclass(frozen=True)
@@ -344,7 +344,7 @@ class Store:
             "origin": origin,
             "replaces": [one.name for one in earlier],
         }
-        self._publish_sheet("datasets", header, lines)
+        self.publish_sheet("datasets", header, lines)
         return True
 
     def listings(self) -> list[Listing]:
@@ -435,12 +435,16 @@ class Store:
             attempts[one.key] = one.attempt or attempts.get(one.key, 0) + 1
             reason = " ".join(one.reason.split())
             complete.append(replace(one, reason=reason, attempt=attempts[one.key], when=one.when or now()))
-        self._publish_sheet("failures", {}, [asdict(one) for one in complete])
+        self.publish_sheet("failures", {}, [asdict(one) for one in complete])
 
     def failures(self) -> list[Failure]:
         """Every failure ever recorded, by time."""
         found = [one for sheet in self._failures.items.values() for one in sheet]
         return sorted(found, key=lambda one: (one.when, one.key, one.attempt))
+
+    def failure_sheets(self) -> Mapping[str, tuple[Failure, ...]]:
+        """The failures each run recorded, by the key of its list."""
+        return MappingProxyType(self._failures.items)
 
     def open_failures(self) -> list[Failure]:
         """The last failure of each key and stage that nothing has succeeded after.
@@ -528,11 +532,11 @@ class Store:
 
     # -- below
 
-    def _publish_sheet(
+    def publish_sheet(
         self, folder: str, header: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]
     ) -> None:
         key = f"{folder}/{uuid4().hex}.jsonl"
-        data = _sheet({"created": now(), "writer": writer(), **header}, lines)
+        data = sheet({"created": now(), "writer": writer(), **header}, lines)
         if self.medium.create(key, data) != data:
             raise StoreCorrupt(f"{self.where}/{key} was written by somebody else under our own random name")
         self.refresh()
@@ -823,7 +827,7 @@ def _load_record(key: str, data: bytes, where: str) -> Fragment | None:
     return Fragment.from_bytes(data, names[1], _stem(key), where)
 
 
-def _sheet(header: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> bytes:
+def sheet(header: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> bytes:
     """A header that seals itself and the lines below it."""
     body, digest = _body(lines)
     return sealed({**header, "format": FORMAT, "lines": body.count(b"\n"), "body": digest}) + body
@@ -834,7 +838,7 @@ def _body(lines: Iterable[Mapping[str, Any]]) -> tuple[bytes, str]:
     return body, hashlib.sha256(body).hexdigest()
 
 
-def _unsheet(data: bytes, where: str) -> tuple[dict[str, Any], Iterator[Any]]:
+def unsheet(data: bytes, where: str) -> tuple[dict[str, Any], Iterator[Any]]:
     """The header and, one after another, the lines below it. Both raise StoreCorrupt or BadInput."""
     lines = BytesIO(data)  # shares the bytes
     header = unsealed(lines.readline(), where)
@@ -845,7 +849,7 @@ def _unsheet(data: bytes, where: str) -> tuple[dict[str, Any], Iterator[Any]]:
 
 
 def _load_listing(key: str, data: bytes, where: str) -> Listing:
-    header, lines = _unsheet(data, where)
+    header, lines = unsheet(data, where)
     takes = tuple(Take.from_json(one, where) for one in lines)
     return _listing(key, header, where, lambda: takes)
 
@@ -860,7 +864,7 @@ def _listing(
 
 
 def _load_failures(key: str, data: bytes, where: str) -> tuple[Failure, ...]:
-    _, lines = _unsheet(data, where)
+    _, lines = unsheet(data, where)
     names = ("key", "source", "stage", "reason", "when")
     return tuple(
         Failure(**{name: str(one[name]) for name in names}, attempt=int(one["attempt"])) for one in lines

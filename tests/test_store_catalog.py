@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pmm import AlreadyThere, BadInput, NewerFormat, NotFound, PmmError, StoreCorrupt
 from pmm.store.care import info, verify
-from pmm.store.catalog import Failure, Store, _sheet
+from pmm.store.catalog import Failure, Store, sheet
 from pmm.store.clip import Take, lossless_clip
 from pmm.store.digest import canonical_json, sealed
 from pmm.store.feature import FeatureSpec
@@ -246,7 +246,7 @@ def test_whatever_a_stranger_seals_the_store_opens_and_says_what_is_wrong(folder
         store = Store.create(root)
         header = changed(VALID[folder])
         if folder in LINES:
-            key, spelled = f"{folder}/b.jsonl", _sheet(header, [changed(LINES[folder])])
+            key, spelled = f"{folder}/b.jsonl", sheet(header, [changed(LINES[folder])])
         else:
             key = f"{folder}/{AUDIO.id}.json"
             spelled = canonical_json(header) if folder == "specs" else sealed(header)
@@ -494,8 +494,8 @@ def test_two_who_replace_the_same_listing_are_both_replaced_by_the_next(path):
     mine.publish_takes("d", [take(1)], HERE)
     (old,) = mine.listings()
     header = {"dataset": "d", "origin": HERE, "replaces": [old.name]}
-    mine._publish_sheet("datasets", header, [take(2).to_json()])
-    mine._publish_sheet("datasets", header, [take(3).to_json()])
+    mine.publish_sheet("datasets", header, [take(2).to_json()])
+    mine.publish_sheet("datasets", header, [take(3).to_json()])
     assert {seen.id for seen in mine.takes()} == {take(2).id, take(3).id}
     mine.publish_takes("d", [take(3)], HERE)
     assert {seen.id for seen in mine.takes()} == {take(3).id}

@@ -27,6 +27,7 @@ import pmm
 from pmm import AlreadyThere, BadInput, NotFound, PmmError, StoreCorrupt
 from pmm.store import fragment as fragments
 from pmm.store import index
+from pmm.store.cache import Cache, Fetched
 from pmm.store.clip import Take
 from pmm.store.digest import json_line, sealed, strict_json, unsealed
 from pmm.store.feature import FeatureSpec
@@ -122,10 +123,12 @@ class Store:
     _indexes: dict[str, _Index]
     _takes: list[Take] | None
 
-    def __init__(self, where: Path | str, medium: Medium, indexed: bool = True):
-        """``indexed=False`` believes no index object: for whoever checks or deletes."""
+    def __init__(self, where: Path | str, medium: Medium, indexed: bool = True, cache: Cache | None = None):
+        """``indexed=False`` believes no index object: for whoever checks or deletes. With a ``cache``,
+        rows are read from there, for whoever trains."""
         self.where = str(where)  # the folder or address, as messages name it
         self.medium = medium
+        self.cache = cache
         self.about = _read_mark(self.where, medium)
         self._specs = _Table("specs", ".json", _SMALL_BYTES, _load_spec)
         self._records = _Records(indexed)
@@ -165,11 +168,14 @@ class Store:
         medium = medium_at(where)
         mark = {"format": FORMAT, "store": uuid4().hex, "created": now(), "pmm": pmm.__version__}
         medium.create(MARK, sealed(mark))
-        return cls(where, medium)
+        return cls(where, medium, cache=_cache(where))
 
     @classmethod
-    def open(cls, where: Path | str) -> Store:
-        """Raises NotFound, BadInput if it is no store (saying what was found), or NewerFormat."""
+    def open(cls, where: Path | str, cache: Cache | None = None) -> Store:
+        """Raises NotFound, BadInput if it is no store (saying what was found), or NewerFormat.
+
+        What is read from a bucket goes through ``cache``, the user's own unless another is given.
+        """
         if not is_there(where):
             raise NotFound(f"no store at {where}; `pmm precompute DATASET --store {where}` makes one")
         if _is_file(where):
@@ -177,7 +183,7 @@ class Store:
         if not _is_store(where):
             found = _foreign_names(where) or "nothing"
             raise BadInput(f"{where} is a folder without a {MARK} (it holds {found}), so it is no store")
-        return cls(where, medium_at(where))
+        return cls(where, medium_at(where), cache=_cache(where, cache))
 
     @classmethod
     def open_or_create(cls, where: Path | str) -> Store:
@@ -271,8 +277,22 @@ class Store:
         if not self._proven(fragment):
             raise StoreCorrupt(f"{self.where}/{fragment.record} is not what an index object said; ask again")
         if fragment.location not in self._readers:
-            self._readers[fragment.location] = Reader(self.medium, fragment)
+            opened = self.cache.reader if self.cache else Reader
+            self._readers[fragment.location] = opened(self.medium, fragment)
         return self._readers[fragment.location]
+
+    def fetch(
+        self, rows: Iterable[tuple[str, str]], on_event: Callable[[Fetched], None] | None = None
+    ) -> None:
+        """Brings the fragments that serve ``rows``, (spec id, row id), to the local cache, if there is one.
+
+        Raises BadInput, before anything is fetched, where the cache is too small for all of them.
+        """
+        if self.cache is None:
+            return
+        found = {one.location: one for one, _ in (self._find(*row) for row in rows)}
+        wanted = [one for one in found.values() if self._proven(one)]  # others are found anew when read
+        self.cache.fetch(self.medium, wanted, on_event)
 
     def _proven(self, one: Fragment) -> bool:
         """Whether the record itself says what we know of the fragment; if not, we know better now."""
@@ -753,6 +773,11 @@ def _came_from(path: str, take: Take, listing: Listing) -> bool:
 
 def _is_row_id(text: str) -> bool:
     return fragments.HEX64.fullmatch(text) is not None
+
+
+def _cache(where: Path | str, chosen: Cache | None = None) -> Cache | None:
+    """Files on a disk are mapped where they lie."""
+    return (chosen or Cache.default()) if is_address(where) else None
 
 
 def medium_at(where: Path | str) -> Medium:

@@ -433,6 +433,12 @@ class Reader:
         """The sha256 of each clip's rows as they were written, 32 bytes each."""
         return self._sums.tobytes()
 
+    def map(self) -> None:
+        """Maps every chunk now, so that its rows can be read whatever becomes of the files' names."""
+        if not self._foreign:  # those are in memory already
+            for index in range(len(self._keys)):
+                self._chunk(index)
+
     def sum_matches(self, index: int) -> bool:
         """Whether the rows of that clip are still those that were written."""
         first, last = int(self._offsets[index]), int(self._offsets[index + 1])

@@ -248,7 +248,6 @@ def copy(
     Every byte is checked against the record on its way; ``passed`` hears of each block's size. Raises
     StoreCorrupt or NotFound, and leaves nothing, where the source is not as its record says.
     """
-    Reader(source, fragment)  # refuses rows and lengths that the objects do not have
     one = replace(fragment, location=uuid4().hex)
     contents = ((it.path, _blocks(source, f"{fragment.folder}/{it.path}", passed)) for it in one.objects)
     try:

@@ -1,7 +1,11 @@
 """Stores filled apart and brought together: push, pull, merge."""
 
 import hashlib
+import json
 import os
+import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -10,9 +14,11 @@ import pytest
 
 from pmm import StoreCorrupt
 from pmm.store.care import verify
-from pmm.store.catalog import Store
+from pmm.store.catalog import Failure, Store
+from pmm.store.clip import Take, lossless_clip
 from pmm.store.feature import FeatureSpec
-from pmm.store.share import copy_fragment
+from pmm.store.share import Copied, copy_fragment, merge, push
+from pmm.train import protocols
 
 AUDIO = FeatureSpec("audio", "test/1", "float16", (5,), None, {})
 TARGET = FeatureSpec("target", "test/1", "float32", (3,), 30, {})
@@ -77,3 +83,232 @@ def test_a_damaged_fragment_is_not_copied_and_leaves_nothing(memory, path):
         copy_fragment(a, one, b)
     assert Store.open(memory / "b").fragments() == []
     assert not [file for file in (memory / "b").rglob("*") if file.is_file() and file.name != "pmm.json"]
+
+
+# -- whole stores
+
+
+WHO = ["anna"] * 3 + ["berta"] * 3 + ["bob"] * 3 + ["cyd"] * 3 + ["dan"] * 3 + ["eve"] * 2
+
+
+def take(number, subject, dataset="d", **more):
+    raw = np.arange(number, number + 160, dtype="<i2").tobytes()
+    return Take(lossless_clip(16000, 1, "s16", 0, 160, [raw]), name(("t", number)), subject, dataset, **more)
+
+
+def fill(store, dataset, people):
+    """Publishes what ``people`` (number -> subject) say, in fragments of three, and lists it."""
+    takes = [take(number, subject, source=f"{dataset}/{number}") for number, subject in people.items()]
+    for spec in (AUDIO, TARGET):
+        for first in range(0, len(takes), 3):
+            ids = [spec.row_id(one.clip.id, one.target) for one in takes[first : first + 3]]
+            arrays = [rows(row_id, spec=spec)[0][1] for row_id in ids]
+            store.publish(spec, list(zip(ids, arrays)), {"label": "test"})
+    store.publish_takes(dataset, takes, {"host": "h", "root": f"/{dataset}", "layout": "livelink"})
+
+
+def contents(path):
+    """All that a reader can tell of a store, without its history."""
+    store = Store.open(path)
+    assert dict(store.problems) == {}
+    served = {
+        (spec, row): store.read(spec, row).tobytes() for spec in store.specs for row in store.rows(spec)
+    }
+    takes = {json.dumps(one.to_json(), sort_keys=True) for one in store.takes()}
+    failures = {(one.key, one.attempt, one.when) for one in store.failures()}
+    return (
+        served,
+        takes,
+        store.removed,
+        failures,
+        {name: spec.to_bytes() for name, spec in store.specs.items()},
+    )
+
+
+def fragment_of(store, spec, number):
+    row = spec.row_id(take(number, "").clip.id, take(number, "").target)
+    return next(one for one in store.fragments() if one.spec_id == spec.id and row in one.row_ids)
+
+
+@pytest.fixture(scope="module")
+def apart():
+    """Two stores filled apart from overlapping datasets.
+
+    Takes 0 to 8 in ``a``, 3 to 14 in ``b``, so both have the fragments of 3 to 5 and of 6 to 8; 8 is also
+    in another one of ``a``, with 15 and 16. Who says 7 is bob in one and robert in the other. Damaged are
+    the copy of 3 to 5 in ``b`` and the only one of 12 to 14. ``b`` removed 1, which it never had, and
+    ``a`` 10.
+    """
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        a, b = Store.create(Path(folder) / "a"), Store.create(Path(folder) / "b")
+        fill(a, "left", dict(enumerate(WHO[:9])))
+        fill(a, "more", {8: "bob", 15: "eve", 16: "eve"})
+        fill(b, "right", {**dict(enumerate(WHO[3:15], start=3)), 7: "robert"})
+        flip(b.path / fragment_of(b, AUDIO, 4).folder / "values/c/0/0")
+        flip(b.path / fragment_of(b, AUDIO, 13).folder / "values/c/0/0")
+        b.publish_removal(rows=[take(1, "").clip.id, take(1, "").target], takes=[take(1, "anna").id])
+        a.publish_removal(rows=[take(10, "").clip.id, take(10, "").target], takes=[take(10, "cyd").id])
+        a.publish_failures([Failure("path:/left/x.wav", "x.wav", "probe", "no sound")])
+        yield a.path, b.path
+
+
+@pytest.fixture
+def two(apart, memory):
+    """Fresh copies of the two stores."""
+    for path in apart:
+        shutil.copytree(path, memory / path.name)
+    return memory / "a", memory / "b"
+
+
+def damaged(path):
+    return {one.where for one in verify(Store.open(path)).damaged}
+
+
+def test_merged_both_ways_the_contents_are_the_same(two):
+    a, b = map(Store.open, two)
+    lost = fragment_of(b, AUDIO, 13).folder
+    before = damaged(two[1])
+    events = []
+    there, back = merge(a, b, events.append)
+    assert [one.where for one in back.skipped] == [lost]
+    assert (there.skipped, damaged(two[0])) == ((), set())
+    assert damaged(two[1]) == {where for where in before if where.startswith(lost)}  # the other is healed
+    assert all(isinstance(one, Copied) and one.done_bytes <= one.total_bytes for one in events)
+    assert events[-1].done_bytes == events[-1].total_bytes
+    the_same_contents(*two)
+
+    before = {path: sorted(file for file in path.rglob("*") if file.is_file()) for path in two}
+    again = merge(Store.open(two[0]), Store.open(two[1]))
+    assert [(one.fragments, one.lists) for one in again] == [(0, 0), (0, 0)]
+    assert {path: sorted(file for file in path.rglob("*") if file.is_file()) for path in two} == before
+
+
+def the_same_contents(one_path, other_path):
+    """Both hold all but what only a damaged copy is known of: 12 to 14."""
+    one, other = contents(one_path), contents(other_path)
+    lost = {(AUDIO.id, take(number, "").clip.id) for number in (12, 13, 14)}
+    stay = [number for number in range(17) if number not in (1, 10)]
+    expected = {(AUDIO.id, take(number, "").clip.id) for number in stay}
+    expected |= {(TARGET.id, take(number, "").target) for number in stay}
+    for served, *_ in (one, other):
+        assert served.keys() - lost == expected - lost
+        for spec in (AUDIO, TARGET):
+            for row in (row for name, row in expected - lost if name == spec.id):
+                assert served[spec.id, row] == rows(row, spec=spec)[0][1].tobytes()
+    assert one[1:] == other[1:]
+    assert {json.loads(line)["take"] for line in one[1]} == {
+        *(take(number, who).id for number, who in enumerate(WHO) if number in stay),
+        take(7, "robert").id,
+    }
+
+
+def test_what_was_removed_reaches_neither_the_disk_nor_the_lists(two):
+    merge(*map(Store.open, two))
+    for path, number in ((two[1], 1), (two[0], 10)):
+        one = take(number, "")
+        held = [row for fragment in Store.open(path).fragments() for row in fragment.row_ids]
+        assert not {one.clip.id, one.target} & set(held)
+        everything = b"".join(file.read_bytes() for file in (path / "datasets").iterdir())
+        assert one.clip.id.encode() not in everything
+    assert Store.open(two[0]).removed == Store.open(two[1]).removed
+
+
+def test_a_removal_taken_back_brings_everything_back(two):
+    merge(*map(Store.open, two))
+    a = Store.open(two[0])
+    a.publish_removal(cancels=list(a.removals))
+    merge(a, Store.open(two[1]))
+    for path in two:
+        store = Store.open(path)
+        assert (len(store.takes()), len(store.rows(TARGET.id))) == (18, 17)
+
+
+def test_a_clip_under_two_subjects_is_never_split(two):
+    merge(*map(Store.open, two))
+    for path in two:
+        takes = Store.open(path).listed_takes()
+        assert {one.subject for one in takes if one.clip.id == take(7, "").clip.id} == {"bob", "robert"}
+        for seed in range(100):
+            split = protocols.split("cross-subject", takes, seed)
+            parts = [
+                {one.clip.id for those in split[part].values() for one in those} for part in protocols.PARTS
+            ]
+            assert sum(map(len, parts)) == len(set().union(*parts)) == 15
+
+
+def test_push_fills_a_new_store_and_marks_nothing_in_the_source(two, memory):
+    before = {file: file.read_bytes() for file in two[1].rglob("*") if file.is_file()}
+    done = push(Store.open(two[1]), Store.create(memory / "new"))
+    assert {file: file.read_bytes() for file in two[1].rglob("*") if file.is_file()} == before
+    assert (done.fragments, len(done.skipped)) == (6, 2)
+    assert damaged(memory / "new") == set()
+    assert not (memory / "new/damaged").exists()
+    push(Store.open(two[0]), Store.open(memory / "new"))  # which has the one that was damaged
+    merge(*map(Store.open, two))
+    the_same_contents(two[0], memory / "new")
+
+
+def test_marks_of_damage_do_not_travel_and_what_is_marked_is_named(two):
+    b = Store.open(two[1])
+    for number in (4, 13):
+        b.mark_damaged(fragment_of(b, AUDIO, number).location, "flipped")
+    a = Store.open(two[0])
+    done = push(b, a)
+    assert [one.reason for one in done.skipped] == ["marked as damaged, and no other copy is known"]
+    assert a.damaged == frozenset()
+    assert push(a, b).fragments == 2 * 2 + 1  # 0 and 2; 8, 15 and 16; and the healed one
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+import zarr, zarr.storage, zarr.core.sync
+from pmm.store.catalog import Store
+from pmm.store.medium import LocalMedium
+from pmm.store.share import push
+
+# One fresh child a step, forked before any thread runs, killed before its n-th operation on the target.
+source, root, stride = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+for n in range(0, 100_000, stride):
+    left, target = [n], root / str(n)
+
+    def before(operation, key):
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+
+    child = os.fork()
+    if child == 0:
+        Store.create(target)
+        push(Store.open(source), Store(target, LocalMedium(target, before=before)))
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    print(n, flush=True)
+    if status == 0:
+        break
+    assert os.WTERMSIG(status) == signal.SIGKILL, status
+"""
+EVERY = int(os.environ.get("PMM_KILL_EVERY", "17"))
+"""A push is killed before each so-many-th operation; 1 for all of them."""
+
+
+def test_a_push_killed_anywhere_is_finished_by_the_next(two, memory):
+    (memory / "killed").mkdir()
+    command = [sys.executable, "-P", "-c", KILLED, two[0], memory / "killed", str(EVERY)]
+    steps = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert len(steps) > 300 // EVERY
+    push(Store.open(two[0]), Store.create(memory / "whole"))
+    whole, sent = contents(memory / "whole"), []
+    for n in steps:
+        path = memory / "killed" / n
+        half = Store.open(path)
+        assert dict(half.problems) == {}
+        served = contents(path)[0]
+        assert served.items() <= whole[0].items()
+        assert verify(half).clean
+        sent.append(push(Store.open(two[0]), half).fragments)
+        assert contents(path) == whole
+        assert len(Store.open(path).fragments()) == len(Store.open(memory / "whole").fragments())
+        assert verify(Store.open(path)).clean
+    assert sent == sorted(sent, reverse=True)  # what had arrived was not sent again
+    assert (sent[0], sent[-1]) == (len(Store.open(memory / "whole").fragments()), 0)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from pmm.precompute.models import ModelSet
     from pmm.precompute.plan import Plan
     from pmm.precompute.run import Outcome
+    from pmm.store.catalog import Store
+    from pmm.store.share import Shared
     from pmm.train.evaluate import Scores
 
 FAILED_CLIPS = 3
@@ -102,6 +104,22 @@ _seed = click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same result."
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+
+
+def _cache_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where, and how much, is kept of a store that lies in a bucket."""
+    for option in (
+        click.option(
+            "--cache-gb",
+            type=click.FloatRange(0, min_open=True),
+            help="Keep this much of a store in a bucket on the local disk.  [default: PMM_CACHE_GB or 100]",
+        ),
+        click.option(
+            "--cache-dir", type=PATH, help="Keep it there.  [default: PMM_CACHE_DIR or ~/.cache/pmm]"
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -345,23 +363,27 @@ def _report(plan: Plan, outcome: Outcome | None, store: Path | str, as_json: boo
 @_seed
 @_device
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+@_cache_options
 @_json
 def fit(
     store_path: Path | str,
     run_path: Path,
     features: tuple[str, ...],
     resume: bool,
+    cache_dir: Path | None,
+    cache_gb: float | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Fit the alignment and decoder heads on the tensors cached in STORE."""
+    from pmm.store.cache import Cache
     from pmm.store.catalog import Store
     from pmm.train.run import FitOptions
     from pmm.train.run import fit as run_fit
 
     chosen = dict(_pair(text) for text in features)
     given = {key: value for key, value in options.items() if value is not None}
-    store = Store.open(store_path)
+    store = Store.open(store_path, Cache.default(cache_dir, cache_gb))
     with _bar(0, "step", "fitting") as bar:
         result = run_fit(
             store, run_path, FitOptions(**given, features=chosen), on_event=_FitProgress(bar), resume=resume
@@ -389,7 +411,11 @@ class _FitProgress:
 
     def __call__(self, event: Any) -> None:
         kind = type(event).__name__
-        if kind == "Started":
+        if kind == "Fetched":
+            self.bar.unit, self.bar.unit_scale, self.bar.desc = "B", True, "fetching: "
+            _reach(self.bar, event.done_bytes, event.total_bytes)
+        elif kind == "Started":
+            self.bar.unit, self.bar.unit_scale, self.bar.desc = "step", False, "fitting: "
             self.bar.reset(total=event.epochs * event.steps_per_epoch)
             self.bar.update(event.first_epoch * event.steps_per_epoch)
             note = f" ({event.skipped} takes lack features)" if event.skipped else ""
@@ -425,15 +451,26 @@ class _FitProgress:
     help="[default: the store the run was fitted on]",
 )
 @_device
+@_cache_options
 @_json
-def evaluate(run_path: Path, split: str, store_path: Path | str | None, device: str, as_json: bool) -> None:
+def evaluate(
+    run_path: Path,
+    split: str,
+    store_path: Path | str | None,
+    device: str,
+    cache_dir: Path | None,
+    cache_gb: float | None,
+    as_json: bool,
+) -> None:
     """Score a run: LVE and ALE beside the training mean face and silence, on the same clips."""
+    from pmm.store.cache import Cache
     from pmm.store.catalog import Store
     from pmm.train.evaluate import evaluate as score
     from pmm.train.run import load_run
 
     run = load_run(run_path, device=device)
-    scores = score(run, Store.open(store_path or run.store_path), split)
+    store = Store.open(store_path or run.store_path, Cache.default(cache_dir, cache_gb))
+    scores = score(run, store, split)
     if as_json:
         _print_json(scores.to_json())
     else:
@@ -565,6 +602,90 @@ def ls(store_path: Path | str, as_json: bool) -> None:
             click.echo(f"{take.id[:12]} {take.clip.seconds:8.2f} s  {has}  {take.subject:<10} {take.source}")
     if as_json:
         _print_json([{**take.to_json(), "modalities": list(present)} for take, present in found])
+
+
+_other_argument = click.argument("other_path", metavar="OTHER", type=STORE)
+_check = click.option(
+    "--check",
+    is_flag=True,
+    help="Also read what the receiving store has already, and replace what is damaged.",
+)
+
+
+@store.command()
+@_store_argument
+@_other_argument
+@click.option("--no-check", is_flag=True, help="Do not read what both have already, to find what is damaged.")
+@_json
+def merge(store_path: Path | str, other_path: Path | str, no_check: bool, as_json: bool) -> None:
+    """Give STORE and OTHER the same contents: what either has, less what was removed in either.
+
+    Exit 3 when something damaged could not be copied (each is named).
+    """
+    from pmm.store.catalog import Store
+    from pmm.store.share import merge as bring_together
+
+    with _bar(0, "B", "merging", unit_scale=True) as bar:
+        there, back = bring_together(
+            Store.open(store_path),
+            Store.open(other_path),
+            lambda event: _reach(bar, event.done_bytes, event.total_bytes),
+            check=not no_check,
+        )
+    _report_shared({f"{store_path} to {other_path}": there, f"{other_path} to {store_path}": back}, as_json)
+
+
+@store.command()
+@_store_argument
+@_other_argument
+@_check
+@_json
+def pull(store_path: Path | str, other_path: Path | str, check: bool, as_json: bool) -> None:
+    """Copy what OTHER has and STORE lacks to STORE, which is made if it is not there.
+
+    Interrupt it and run it again: it goes on. Exit 3 when something damaged could not be copied.
+    """
+    from pmm.store.catalog import Store
+
+    _push(Store.open(other_path), Store.open_or_create(store_path), check, as_json)
+
+
+@store.command()
+@_store_argument
+@_other_argument
+@_check
+@_json
+def push(store_path: Path | str, other_path: Path | str, check: bool, as_json: bool) -> None:
+    """Copy what STORE has and OTHER lacks to OTHER, which is made if it is not there.
+
+    Interrupt it and run it again: it goes on. Exit 3 when something damaged could not be copied.
+    """
+    from pmm.store.catalog import Store
+
+    _push(Store.open(store_path), Store.open_or_create(other_path), check, as_json)
+
+
+def _push(source: Store, target: Store, check: bool, as_json: bool) -> None:
+    from pmm.store.share import push as send
+
+    with _bar(0, "B", "copying", unit_scale=True) as bar:
+        done = send(source, target, lambda event: _reach(bar, event.done_bytes, event.total_bytes), check)
+    _report_shared({f"{source.where} to {target.where}": done}, as_json)
+
+
+def _report_shared(runs: dict[str, Shared], as_json: bool) -> None:
+    """What was copied each way, the damaged named; exit 3 if there is any."""
+    for way, done in runs.items():
+        for skipped in done.skipped:
+            click.echo(f"pmm: not copied from {way}: {skipped.where}: {skipped.reason}", err=True)
+        if not as_json:
+            size = f"{done.fragments} fragments, {_size(done.bytes)}, and {done.lists} lists"
+            click.echo(f"copied {size} from {way}")
+    if as_json:
+        told = [done.to_json() for done in runs.values()]
+        _print_json(told[0] if len(told) == 1 else {"there": told[0], "back": told[1]})
+    if any(done.skipped for done in runs.values()):
+        raise click.exceptions.Exit(FAILED_CLIPS)
 
 
 @store.command()

@@ -6,7 +6,7 @@ features, V vocabulary, K coefficients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from pmm import BadInput, NotFound
 from pmm.store import clock
+from pmm.store.cache import Fetched
 from pmm.store.catalog import Store
 from pmm.store.clip import Take
 from pmm.store.feature import MODALITIES, FeatureSpec
@@ -152,6 +153,20 @@ class Corpus:
         )
 
 
+def fetch(
+    store: Store,
+    specs: Mapping[str, FeatureSpec],
+    takes: Iterable[Take],
+    on_event: Callable[[Fetched], None] | None = None,
+) -> None:
+    """Brings the features of ``takes`` to the local cache, where the store lies in a bucket.
+
+    Raises BadInput, before anything is fetched, where the cache is too small for them.
+    """
+    rows = ((spec.id, spec.row_id(take.clip.id, take.target)) for take in takes for spec in specs.values())
+    store.fetch([row for row in rows if store.has(*row)], on_event)
+
+
 def load(
     store: Store,
     specs: Mapping[str, FeatureSpec],
@@ -181,6 +196,7 @@ def load(
         why = f"; the first: {skipped[0].source}: {skipped[0].reason}" if skipped else ""
         raise BadInput(f"none of {len(performed)} takes in {store.where} can be used{why}")
     takes = [take for _, take in kept]
+    fetch(store, specs, takes)
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     features = {
         name: _flat(store, spec, takes, offsets, fps, image_rows)

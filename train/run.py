@@ -25,6 +25,7 @@ from torch import Tensor
 
 import pmm
 from pmm import AlreadyThere, BadInput, NotFound
+from pmm.store.cache import Fetched
 from pmm.store.catalog import Store
 from pmm.store.clip import Take
 from pmm.store.digest import canonical_json, strict_json
@@ -35,12 +36,14 @@ from pmm.train import checkpoint, data, protocols
 from pmm.train.checkpoint import FORMAT, State
 from pmm.train.data import Corpus, Skipped
 from pmm.train.heads import Heads, HeadsConfig, preset
-from pmm.train.loop import EpochDone, Event, Schedule, Started, StepDone, seed_of, train
+from pmm.train.loop import EpochDone, Schedule, Started, StepDone, seed_of, train
 from pmm.train.options import FitOptions, torch_device
 from pmm.train.predict import predict_heads
 
 CONFIG, METRICS, BEST, LAST = "config.json", "metrics.jsonl", "best.safetensors", "last.safetensors"
 MEAN_STYLE = "mean"
+
+Event = Fetched | Started | StepDone | EpochDone
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ def _begin(store: Store, path: Path, options: FitOptions, tell: Callable[[Event]
     keywords = _head_keywords(options, specs)
     split = protocols.split(options.protocol, data.listed_takes(store), options.seed)
     rows = HeadsConfig(**keywords, styles=1).image_rows
+    wanted = [take for name in ("train", "validation") for takes in split[name].values() for take in takes]
+    data.fetch(store, specs, wanted, tell)
     parts = {
         name: data.load(store, specs, split[name], names, options.fps, rows)
         for name in ("train", "validation")

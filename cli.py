@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from pmm.precompute.run import Outcome
     from pmm.store.catalog import Store
     from pmm.store.share import Shared
-    from pmm.store.catalog import Store
-    from pmm.store.share import Shared
     from pmm.train.evaluate import Scores
 
 FAILED_CLIPS = 3
@@ -604,90 +602,6 @@ def ls(store_path: Path | str, as_json: bool) -> None:
             click.echo(f"{take.id[:12]} {take.clip.seconds:8.2f} s  {has}  {take.subject:<10} {take.source}")
     if as_json:
         _print_json([{**take.to_json(), "modalities": list(present)} for take, present in found])
-
-
-_other_argument = click.argument("other_path", metavar="OTHER", type=STORE)
-_check = click.option(
-    "--check",
-    is_flag=True,
-    help="Also read what the receiving store has already, and replace what is damaged.",
-)
-
-
-@store.command()
-@_store_argument
-@_other_argument
-@click.option("--no-check", is_flag=True, help="Do not read what both have already, to find what is damaged.")
-@_json
-def merge(store_path: Path | str, other_path: Path | str, no_check: bool, as_json: bool) -> None:
-    """Give STORE and OTHER the same contents: what either has, less what was removed in either.
-
-    Exit 3 when something damaged could not be copied (each is named).
-    """
-    from pmm.store.catalog import Store
-    from pmm.store.share import merge as bring_together
-
-    with _bar(0, "B", "merging", unit_scale=True) as bar:
-        there, back = bring_together(
-            Store.open(store_path),
-            Store.open(other_path),
-            lambda event: _reach(bar, event.done_bytes, event.total_bytes),
-            check=not no_check,
-        )
-    _report_shared({f"{store_path} to {other_path}": there, f"{other_path} to {store_path}": back}, as_json)
-
-
-@store.command()
-@_store_argument
-@_other_argument
-@_check
-@_json
-def pull(store_path: Path | str, other_path: Path | str, check: bool, as_json: bool) -> None:
-    """Copy what OTHER has and STORE lacks to STORE, which is made if it is not there.
-
-    Interrupt it and run it again: it goes on. Exit 3 when something damaged could not be copied.
-    """
-    from pmm.store.catalog import Store
-
-    _push(Store.open(other_path), Store.open_or_create(store_path), check, as_json)
-
-
-@store.command()
-@_store_argument
-@_other_argument
-@_check
-@_json
-def push(store_path: Path | str, other_path: Path | str, check: bool, as_json: bool) -> None:
-    """Copy what STORE has and OTHER lacks to OTHER, which is made if it is not there.
-
-    Interrupt it and run it again: it goes on. Exit 3 when something damaged could not be copied.
-    """
-    from pmm.store.catalog import Store
-
-    _push(Store.open(store_path), Store.open_or_create(other_path), check, as_json)
-
-
-def _push(source: Store, target: Store, check: bool, as_json: bool) -> None:
-    from pmm.store.share import push as send
-
-    with _bar(0, "B", "copying", unit_scale=True) as bar:
-        done = send(source, target, lambda event: _reach(bar, event.done_bytes, event.total_bytes), check)
-    _report_shared({f"{source.where} to {target.where}": done}, as_json)
-
-
-def _report_shared(runs: dict[str, Shared], as_json: bool) -> None:
-    """What was copied each way, the damaged named; exit 3 if there is any."""
-    for way, done in runs.items():
-        for skipped in done.skipped:
-            click.echo(f"pmm: not copied from {way}: {skipped.where}: {skipped.reason}", err=True)
-        if not as_json:
-            size = f"{done.fragments} fragments, {_size(done.bytes)}, and {done.lists} lists"
-            click.echo(f"copied {size} from {way}")
-    if as_json:
-        told = [done.to_json() for done in runs.values()]
-        _print_json(told[0] if len(told) == 1 else {"there": told[0], "back": told[1]})
-    if any(done.skipped for done in runs.values()):
-        raise click.exceptions.Exit(FAILED_CLIPS)
 
 
 _other_argument = click.argument("other_path", metavar="OTHER", type=STORE)

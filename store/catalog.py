@@ -30,6 +30,7 @@ from pmm.store import index
 from pmm.store.cache import Cache, Fetched
 from pmm.store.clip import Take
 from pmm.store.digest import json_line, sealed, strict_json, unsealed
+from pmm.store.doctor import insist
 from pmm.store.feature import FeatureSpec
 from pmm.store.fragment import CHUNK_BYTES, FORMAT, MALFORMED, Fragment, Reader, refuse_newer
 from pmm.store.medium import LocalMedium, Medium, make_root
@@ -153,7 +154,8 @@ class Store:
     def create(cls, where: Path | str) -> Store:
         """A new store in ``where``: a folder or s3://bucket/prefix that is missing, empty or a store already.
 
-        Raises AlreadyThere if anything else stands there.
+        Raises AlreadyThere if anything else stands there, MediumError if the place cannot keep what a store
+        promises (``doctor``).
         """
         if _is_store(where):
             return cls.open(where)
@@ -166,6 +168,7 @@ class Store:
         if not is_address(where):
             make_root(Path(where))
         medium = medium_at(where)
+        insist(medium, str(where))
         mark = {"format": FORMAT, "store": uuid4().hex, "created": now(), "pmm": pmm.__version__}
         medium.create(MARK, sealed(mark))
         return cls(where, medium, cache=_cache(where))

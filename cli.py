@@ -545,6 +545,28 @@ _store_argument = click.argument("store_path", metavar="STORE", type=STORE)
 @store.command()
 @_store_argument
 @_json
+def doctor(store_path: Path | str, as_json: bool) -> None:
+    """Try out whether the disk or bucket of STORE, made or not, can keep what a store promises.
+
+    Writes a few small objects there and takes them away again. Exit 1 where no store can be kept.
+    """
+    from dataclasses import asdict
+
+    from pmm.store.doctor import REFUSED, examine
+
+    found = examine(store_path)
+    if as_json:
+        _print_json([asdict(one) for one in found])
+    else:
+        for one in found:
+            click.echo(f"{one.state:<8} {one.probe:<12} {one.seen}")
+    if any(one.state == REFUSED for one in found):
+        raise click.exceptions.Exit(1)
+
+
+@store.command()
+@_store_argument
+@_json
 def info(store_path: Path | str, as_json: bool) -> None:
     """What is in STORE, since when, by whom and how large."""
     from pmm.store.care import info as summarise

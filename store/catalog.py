@@ -33,8 +33,8 @@ from pmm.store.digest import json_line, sealed, strict_json, unsealed
 from pmm.store.doctor import insist
 from pmm.store.feature import FeatureSpec
 from pmm.store.fragment import CHUNK_BYTES, FORMAT, MALFORMED, Fragment, Reader, refuse_newer
-from pmm.store.medium import LocalMedium, Medium, make_root
-from pmm.store.remote import ObjectMedium, is_address
+from pmm.store.medium import Medium, make_root
+from pmm.store.remote import ObjectMedium, is_address, medium_at
 
 MARK = "pmm.json"
 SHEET_BYTES = 1 << 30
@@ -167,8 +167,8 @@ class Store:
             )
         if not is_address(where):
             make_root(Path(where))
+        insist(where)
         medium = medium_at(where)
-        insist(medium, str(where))
         mark = {"format": FORMAT, "store": uuid4().hex, "created": now(), "pmm": pmm.__version__}
         medium.create(MARK, sealed(mark))
         return cls(where, medium, cache=_cache(where))
@@ -781,10 +781,6 @@ def _is_row_id(text: str) -> bool:
 def _cache(where: Path | str, chosen: Cache | None = None) -> Cache | None:
     """Files on a disk are mapped where they lie."""
     return (chosen or Cache.default()) if is_address(where) else None
-
-
-def medium_at(where: Path | str) -> Medium:
-    return ObjectMedium(str(where)) if is_address(where) else LocalMedium(Path(where))
 
 
 def _is_store(where: Path | str) -> bool:

@@ -18,9 +18,9 @@ from pathlib import Path
 from threading import Barrier
 from uuid import uuid4
 
-from pmm import PmmError
+from pmm import NotFound, PmmError
 from pmm.store.medium import LocalMedium, Medium, MediumError
-from pmm.store.remote import ObjectMedium
+from pmm.store.remote import ObjectMedium, is_address, medium_at
 
 GOOD, WARNING, REFUSED = "good", "warning", "refused"
 _ROUNDS = 4
@@ -49,8 +49,14 @@ class Finding:
     seen: str
 
 
-def examine(medium: Medium, where: str) -> list[Finding]:
-    """Tries everything out. A probe that cannot be made at all is refused, with the reason."""
+def examine(where: Path | str) -> list[Finding]:
+    """Tries everything out at ``where``. A probe that cannot be made at all is refused, with the reason.
+
+    Raises NotFound where there is no such folder.
+    """
+    if not is_address(where) and not Path(where).is_dir():
+        raise NotFound(f"there is no folder {where} to try out; make it, with the permissions it is to have")
+    medium = medium_at(where)
     probes: list[tuple[str, Callable[[Medium], Iterator[Finding]]]] = [("write", _objects), ("create", _once)]
     if isinstance(medium, LocalMedium):
         probes += [("rename", _rename), ("permissions", _permissions), ("disk", _disk)]
@@ -67,13 +73,11 @@ def examine(medium: Medium, where: str) -> list[Finding]:
     return found
 
 
-def insist(medium: Medium, where: str) -> list[Finding]:
-    """``examine``, raising MediumError where a store would not be safe."""
-    found = examine(medium, where)
-    for one in found:
+def insist(where: Path | str) -> None:
+    """Raises MediumError where a store would not be safe."""
+    for one in examine(where):
         if one.state == REFUSED:
             raise MediumError(f"no store can be kept at {where}: {one.seen}; put it in another place")
-    return found
 
 
 def _probe() -> str:

@@ -12,9 +12,7 @@ import errno
 import mmap
 import re
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import chain
@@ -22,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pmm import AlreadyThere, BadInput, ExtraMissing, NotFound, PmmError, StoreCorrupt
-from pmm.store.medium import Buffer, Entry, Medium, MediumError, check_key, is_key, nothing
+from pmm.store.medium import Buffer, Entry, LocalMedium, Medium, MediumError, check_key, is_key, nothing
 
 SCHEME = "s3://"
 PART_BYTES = 16 << 20
@@ -42,6 +40,10 @@ def is_address(where: Path | str) -> bool:
 def place(text: str) -> Path | str:
     """A folder or an address, from how a user writes it."""
     return text if is_address(text) else Path(text)
+
+
+def medium_at(where: Path | str) -> Medium:
+    return ObjectMedium(str(where)) if is_address(where) else LocalMedium(Path(where))
 
 
 class ObjectMedium:
@@ -81,9 +83,11 @@ class ObjectMedium:
     def map(self, key: str, size: int) -> mmap.mmap:
         """The whole object in memory; what is read often goes through a cache of files instead."""
         whole = mmap.mmap(-1, size)
-        for block in blocks(self, key, size):
-            whole.write(block)
-        if whole.tell() != size or self._get(key, size, 1):
+        while whole.tell() < size and (
+            part := self._get(key, whole.tell(), min(PART_BYTES, size - whole.tell()))
+        ):
+            whole.write(part)
+        if whole.tell() < size or self._get(key, size, 1):
             raise StoreCorrupt(f"{self.address}/{key} has not the {size} bytes its record says")
         return whole
 
@@ -190,18 +194,6 @@ class ObjectMedium:
         if "NoSuchBucket" not in str(error):
             return ""
         return f"there is no bucket {self.bucket}; make it, or check the name and AWS_ENDPOINT_URL"
-
-
-def blocks(medium: Medium, key: str, size: int) -> Iterator[bytes]:
-    """The first ``size`` bytes of an object in order, a few requests ahead of who takes them."""
-    ahead: deque[Future[bytes]] = deque()
-    with ThreadPoolExecutor(_STREAMS) as pool:
-        for start in range(0, size, PART_BYTES):
-            ahead.append(pool.submit(medium.read, key, start, min(PART_BYTES, size - start)))
-            if len(ahead) > _STREAMS:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
 
 
 def _parts(blocks: Iterable[Buffer]) -> Iterator[bytes]:

@@ -659,6 +659,39 @@ def merge(store_path: Path | str, other_path: Path | str, no_check: bool, as_jso
 
 @store.command()
 @_store_argument
+@click.argument("out", type=PATH)
+@click.option("--subjects", help="Only takes of these, comma-separated.  [default: everybody's]")
+@click.option(
+    "--snapshot", help="What was in the store when this snapshot was made.  [default: what is there now]"
+)
+@_json
+def pack(
+    store_path: Path | str, out: Path, subjects: str | None, snapshot: str | None, as_json: bool
+) -> None:
+    """Write features and takes of STORE to the new HDF5 file OUT, to hand to someone.
+
+    The file explains itself and any HDF5 reader opens it; `pmm store unpack` puts it into a store again.
+    """
+    from pmm.store.catalog import Store
+    from pmm.store.pack import pack as write
+
+    chosen = [part.strip() for part in subjects.split(",")] if subjects else []
+    with _bar(0, "B", "packing", unit_scale=True) as bar:
+        done = write(
+            Store.open(store_path),
+            out,
+            chosen,
+            snapshot or "",
+            lambda event: _reach(bar, event.done_bytes, event.total_bytes),
+        )
+    if as_json:
+        _print_json(done.to_json())
+    else:
+        click.echo(f"packed {done.takes} takes, {done.rows} rows of features, {_size(done.bytes)}, in {out}")
+
+
+@store.command()
+@_store_argument
 @_other_argument
 @_check
 @_json
@@ -708,6 +741,27 @@ def _report_shared(runs: dict[str, Shared], as_json: bool) -> None:
         _print_json(told[0] if len(told) == 1 else {"there": told[0], "back": told[1]})
     if any(done.skipped for done in runs.values()):
         raise click.exceptions.Exit(FAILED_CLIPS)
+
+
+@store.command()
+@click.argument("packed", metavar="FILE", type=PATH)
+@_store_argument
+@_json
+def unpack(packed: Path, store_path: Path | str, as_json: bool) -> None:
+    """Put what is in FILE, which `pmm store pack` wrote, into STORE, which is made if it is not there.
+
+    All of FILE is checked first: from one that is not wholly as it should be, nothing is taken.
+    """
+    from pmm.store.pack import unpack as take_over
+
+    with _bar(0, "B", "unpacking", unit_scale=True) as bar:
+        done = take_over(packed, store_path, lambda event: _reach(bar, event.done_bytes, event.total_bytes))
+    if as_json:
+        _print_json(done.to_json())
+    else:
+        click.echo(
+            f"took {done.takes} takes, {done.rows} rows of features, {_size(done.bytes)}, from {packed}"
+        )
 
 
 @store.command()

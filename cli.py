@@ -106,9 +106,14 @@ _seed = click.option(
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 
-def _cache_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Where, and how much, is kept of a store that lies in a bucket."""
+def _reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How a store is read: what is kept of one in a bucket, and whether one on a disk is mapped."""
     for option in (
+        click.option(
+            "--safe-read",
+            is_flag=True,
+            help="Read the store rather than map it: for a disk that may vanish. So it is on network disks.",
+        ),
         click.option(
             "--cache-gb",
             type=click.FloatRange(0, min_open=True),
@@ -363,7 +368,7 @@ def _report(plan: Plan, outcome: Outcome | None, store: Path | str, as_json: boo
 @_seed
 @_device
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
-@_cache_options
+@_reading_options
 @_json
 def fit(
     store_path: Path | str,
@@ -372,6 +377,7 @@ def fit(
     resume: bool,
     cache_dir: Path | None,
     cache_gb: float | None,
+    safe_read: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -383,7 +389,7 @@ def fit(
 
     chosen = dict(_pair(text) for text in features)
     given = {key: value for key, value in options.items() if value is not None}
-    store = Store.open(store_path, Cache.default(cache_dir, cache_gb))
+    store = Store.open(store_path, Cache.default(cache_dir, cache_gb), safe_read or None)
     with _bar(0, "step", "fitting") as bar:
         result = run_fit(
             store, run_path, FitOptions(**given, features=chosen), on_event=_FitProgress(bar), resume=resume
@@ -451,7 +457,7 @@ class _FitProgress:
     help="[default: the store the run was fitted on]",
 )
 @_device
-@_cache_options
+@_reading_options
 @_json
 def evaluate(
     run_path: Path,
@@ -460,6 +466,7 @@ def evaluate(
     device: str,
     cache_dir: Path | None,
     cache_gb: float | None,
+    safe_read: bool,
     as_json: bool,
 ) -> None:
     """Score a run: LVE and ALE beside the training mean face and silence, on the same clips."""
@@ -469,7 +476,7 @@ def evaluate(
     from pmm.train.run import load_run
 
     run = load_run(run_path, device=device)
-    store = Store.open(store_path or run.store_path, Cache.default(cache_dir, cache_gb))
+    store = Store.open(store_path or run.store_path, Cache.default(cache_dir, cache_gb), safe_read or None)
     scores = score(run, store, split)
     if as_json:
         _print_json(scores.to_json())

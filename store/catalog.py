@@ -174,10 +174,11 @@ class Store:
         return cls(where, medium, cache=_cache(where))
 
     @classmethod
-    def open(cls, where: Path | str, cache: Cache | None = None) -> Store:
+    def open(cls, where: Path | str, cache: Cache | None = None, safe: bool | None = None) -> Store:
         """Raises NotFound, BadInput if it is no store (saying what was found), or NewerFormat.
 
-        What is read from a bucket goes through ``cache``, the user's own unless another is given.
+        What is read from a bucket goes through ``cache``, the user's own unless another is given. ``safe``
+        reads rather than maps what is on a disk; None does so on network disks.
         """
         if not is_there(where):
             raise NotFound(f"no store at {where}; `pmm precompute DATASET --store {where}` makes one")
@@ -186,7 +187,7 @@ class Store:
         if not _is_store(where):
             found = _foreign_names(where) or "nothing"
             raise BadInput(f"{where} is a folder without a {MARK} (it holds {found}), so it is no store")
-        return cls(where, medium_at(where), cache=_cache(where, cache))
+        return cls(where, medium_at(where, safe), cache=_cache(where, cache))
 
     @classmethod
     def open_or_create(cls, where: Path | str) -> Store:

@@ -8,7 +8,6 @@ are objects in ``tmp/``, taken away again.
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,25 +18,11 @@ from threading import Barrier
 from uuid import uuid4
 
 from pmm import NotFound, PmmError
-from pmm.store.medium import LocalMedium, Medium, MediumError
+from pmm.store.medium import LocalMedium, Medium, MediumError, file_system, on_network
 from pmm.store.remote import ObjectMedium, is_address, medium_at
 
 GOOD, WARNING, REFUSED = "good", "warning", "refused"
 _ROUNDS = 4
-_NETWORK = (
-    "nfs",
-    "cifs",
-    "smb",
-    "lustre",
-    "gpfs",
-    "beegfs",
-    "ceph",
-    "glusterfs",
-    "fuse",
-    "9p",
-    "afs",
-    "virtiofs",
-)
 
 
 @dataclass(frozen=True)
@@ -191,31 +176,15 @@ def _permissions(medium: Medium) -> Iterator[Finding]:
 
 def _disk(medium: Medium) -> Iterator[Finding]:
     assert isinstance(medium, LocalMedium)
-    kind = _file_system(medium.root)
-    if kind.startswith(_NETWORK):
+    kind = file_system(medium.root)
+    if on_network(medium.root):
         yield Finding(
             "disk",
             WARNING,
-            f"{kind}: all this was tried from one machine; a lost server ends who has the store "
-            "mapped, so read it with --safe-read",
+            f"{kind}: all this was tried from one machine only; rows are read here rather than mapped",
         )
     elif kind:
         yield Finding("disk", GOOD, kind)
-
-
-def _file_system(path: Path) -> str:
-    """The kind of file system ``path`` lies on; empty where the system does not tell."""
-    with suppress(OSError):
-        mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-        above = [m for m in mounts if path.is_relative_to(_unescaped(m[4]))]
-        mount = max(above, key=lambda m: len(m[4]))
-        return mount[mount.index("-") + 1]
-    return ""
-
-
-def _unescaped(mount: str) -> str:
-    """A path as /proc spells it: blanks and backslashes as three octal digits."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), mount)
 
 
 def _uploads(medium: Medium) -> Iterator[Finding]:

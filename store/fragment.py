@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -197,9 +198,14 @@ def _hex64(text: str) -> str:
     return text
 
 
+@lru_cache(4096)  # the same few names in every record
+def _is_path(text: str) -> bool:
+    return all(NAME.fullmatch(name) for name in text.split("/"))
+
+
 def _object(value: Sequence[Any]) -> Object:
     path, size, sha256 = value
-    if not all(NAME.fullmatch(name) for name in path.split("/")):
+    if not _is_path(path):
         raise ValueError(f"{path[:80]!r} is no path within a fragment")
     if not isinstance(size, int) or not 0 <= size < 1 << 48:
         raise ValueError(f"{path} has the size {size!r}")
@@ -427,16 +433,16 @@ class Reader:
         found.flags.writeable = False
         return found
 
+    def map(self) -> None:
+        """Maps every chunk now, so that its rows can be read whatever becomes of the files' names."""
+        if not self._foreign and not self._medium.safe:  # a foreign layout is in memory already
+            for index in range(len(self._keys)):
+                self._chunk(index)
+
     @property
     def sums(self) -> bytes:
         """The sha256 of each clip's rows as they were written, 32 bytes each."""
         return self._sums.tobytes()
-
-    def map(self) -> None:
-        """Maps every chunk now, so that its rows can be read whatever becomes of the files' names."""
-        if not self._foreign:  # those are in memory already
-            for index in range(len(self._keys)):
-                self._chunk(index)
 
     def sum_matches(self, index: int) -> bool:
         """Whether the rows of that clip are still those that were written."""
@@ -509,10 +515,21 @@ class Reader:
     def _mapped_rows(self, first: int, last: int) -> np.ndarray:
         size = self._chunk_rows
         parts = [
-            self._chunk(index)[max(0, first - index * size) : last - index * size]
+            self._part(index, max(0, first - index * size), min(size, last - index * size))
             for index in range(first // size, (last - 1) // size + 1)
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _part(self, index: int, first: int, last: int) -> np.ndarray:
+        """Rows of one chunk: mapped, or read where the medium had better not be mapped."""
+        if not self._medium.safe:
+            return self._chunk(index)[first:last]
+        row = self._chunk_bytes // self._chunk_rows
+        key = f"{self.fragment.folder}/{self._keys[index]}"
+        data = self._medium.read(key, first * row, (last - first) * row)
+        if len(data) != (last - first) * row:
+            raise StoreCorrupt(f"{key} was cut off; {_remedy}")
+        return np.frombuffer(data, dtype=self._dtype).reshape(-1, *self._shape[1:])
 
     def _chunk(self, index: int) -> np.ndarray:
         if index not in self._mapped:

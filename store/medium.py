@@ -26,6 +26,20 @@ from pmm import BadInput, NotFound, PmmError, StoreCorrupt
 Buffer = bytes | memoryview
 _KEY_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 _DRAFTS = "tmp"
+_NETWORK = (
+    "nfs",
+    "cifs",
+    "smb",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "glusterfs",
+    "fuse",
+    "9p",
+    "afs",
+    "virtiofs",
+)
 _SMALL = 1 << 16
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # no links, no waiting on a pipe
 
@@ -48,7 +62,9 @@ class Entry:
 
 
 class Medium(Protocol):
-    """Where a store lies."""
+    """Where a store lies. ``safe``: rows are read rather than mapped, as it may vanish under the map."""
+
+    safe: bool
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """Every object below ``prefix``, in no order. Foreign names, links and drafts are not shown."""
@@ -92,6 +108,25 @@ def nothing(operation: str, key: str) -> None:
     """What happens before an operation on the disk, unless a test asks for more."""
 
 
+def file_system(path: Path) -> str:
+    """The kind of file system ``path`` lies on; empty where the system does not tell."""
+    with contextlib.suppress(OSError):
+        mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+        above = [mount for mount in mounts if path.is_relative_to(_unescaped(mount[4]))]
+        nearest = max(above, key=lambda mount: len(mount[4]))
+        return nearest[nearest.index("-") + 1]
+    return ""
+
+
+def on_network(path: Path) -> bool:
+    return file_system(path).startswith(_NETWORK)
+
+
+def _unescaped(mount: str) -> str:
+    """A path as /proc spells it: blanks and backslashes as three octal digits."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), mount)
+
+
 def make_root(path: Path) -> None:
     """Makes the folder that is to hold a store, and its name durable. Raises MediumError."""
     try:
@@ -112,11 +147,14 @@ class LocalMedium:
 
     New folders take the mode of the root with its setgid bit, objects its read bits: what the
     umask of one writer would hide stays open to the team. ``before`` is called with the name of each
-    operation and its key before the disk is touched; recording and faults go there.
+    operation and its key before the disk is touched; recording and faults go there. ``safe`` is for
+    network disks, and taken for granted on those we know: what was mapped there ends the process
+    (SIGBUS) when the server is lost or somebody truncates a file.
     """
 
-    def __init__(self, root: Path, before: Callable[[str, str], None] = nothing):
+    def __init__(self, root: Path, before: Callable[[str, str], None] = nothing, safe: bool | None = None):
         self.root = Path(os.path.realpath(root))
+        self.safe = on_network(self.root) if safe is None else safe
         self._before = before
 
     def list(self, prefix: str) -> Iterator[Entry]:

@@ -42,8 +42,9 @@ def place(text: str) -> Path | str:
     return text if is_address(text) else Path(text)
 
 
-def medium_at(where: Path | str) -> Medium:
-    return ObjectMedium(str(where)) if is_address(where) else LocalMedium(Path(where))
+def medium_at(where: Path | str, safe: bool | None = None) -> Medium:
+    """``safe``: read rather than map, on a disk; None leaves it to the kind of disk."""
+    return ObjectMedium(str(where)) if is_address(where) else LocalMedium(Path(where), safe=safe)
 
 
 class ObjectMedium:
@@ -52,6 +53,8 @@ class ObjectMedium:
     ``before`` is called with the name of each request and its key before it is made; counting and
     faults go there. Raises BadInput for another address, ExtraMissing without the libraries.
     """
+
+    safe = False  # what is mapped is a copy
 
     def __init__(self, address: str, before: Callable[[str, str], None] = nothing):
         self.bucket, _, prefix = address.removeprefix(SCHEME).strip("/").partition("/")

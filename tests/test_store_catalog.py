@@ -374,7 +374,7 @@ def publish(n, before):
 def create(n, before):
     path = root / str(n)
     path.mkdir()
-    LocalMedium.__init__.__defaults__ = (before,)
+    LocalMedium.__init__.__defaults__ = (before, None)
     Store.create(path)
 
 for n in range(1000):

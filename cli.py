@@ -243,6 +243,7 @@ def synth(out: Path, minutes: float, subjects: int, languages: str, seed: int, a
     show_default=True,
     help="Close a fragment at this size.",
 )
+@click.option("--rehash", is_flag=True, help="Read every recording, also those that have not changed.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
 @_json
 def precompute(
@@ -253,6 +254,7 @@ def precompute(
     device: str,
     batch_seconds: float,
     fragment_mb: float,
+    rehash: bool,
     dry_run: bool,
     as_json: bool,
     **models: Any,
@@ -275,6 +277,7 @@ def precompute(
             layout=layout,
             limits=Limits(batch_seconds, round(fragment_mb * 1e6)),
             dry_run=dry_run,
+            rehash=rehash,
             on_event=_PrecomputeProgress(bar),
         )
     _report(plan, outcome, store_path, as_json)

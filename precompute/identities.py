@@ -73,7 +73,8 @@ class Identities:
             row = self._database.execute(
                 "SELECT stamp, value, sum FROM files WHERE name = ?", (name,)
             ).fetchone()
-        except sqlite3.Error:
+        except sqlite3.Error as error:
+            self._database = self._after(error)
             return None
         return row[1] if row and row == (seen, row[1], _sum(name, seen, row[1])) else None
 
@@ -92,18 +93,6 @@ class Identities:
             self._database.close()
             self._database = None
 
-    def _open(self) -> sqlite3.Connection | None:
-        if self._path is None:
-            return None
-        try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            database = sqlite3.connect(self._path, timeout=_WAIT_SECONDS, isolation_level=None)
-            database.execute(_SCHEMA)
-        except (sqlite3.Error, OSError) as error:
-            self._renounce(error)
-            return None
-        return database
-
     def _save(self) -> None:
         """Writes what is new in one go. Where that cannot be, it is found again another time."""
         new, self._new = self._new, []
@@ -114,16 +103,29 @@ class Identities:
             self._database.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", new)
             self._database.execute("COMMIT")
         except sqlite3.Error as error:
-            self._database.close()
-            self._database = None
-            self._renounce(error)
+            self._database = self._after(error)
 
-    def _renounce(self, error: Exception) -> None:
-        """A file that is no whole database is taken away, so that the next run starts a new one."""
+    def _open(self) -> sqlite3.Connection | None:
+        try:
+            return _connect(self._path) if self._path else None
+        except (sqlite3.Error, OSError) as error:
+            return self._after(error)
+
+    def _after(self, error: Exception) -> sqlite3.Connection | None:
+        """A file that is no whole database is taken away and begun anew; otherwise we do without."""
         broken = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
         if broken and self._path is not None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(sqlite3.Error, OSError):
                 self._path.unlink()
+                return _connect(self._path)
+        return None
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    database = sqlite3.connect(path, timeout=_WAIT_SECONDS, isolation_level=None)
+    database.execute(_SCHEMA)
+    return database
 
 
 def _name(path: Path, about: str) -> str:

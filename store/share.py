@@ -19,6 +19,7 @@ from pmm.store.clip import Take
 from pmm.store.digest import digest
 from pmm.store.feature import FeatureSpec
 from pmm.store.fragment import ID_BYTES, Fragment, object_damage
+from pmm.store.removal import purge
 
 Passed = Callable[[int], None]
 OnEvent = Callable[["Copied"], None]
@@ -66,6 +67,7 @@ def push(source: Store, target: Store, on_event: OnEvent = lambda event: None, c
     target.refresh()
     run = _Push(source, target, on_event)
     run.lists("removed")
+    purge(target)  # what was destroyed on purpose in the source
     target.refresh()
     run.fragments(check)
     run.listings()

@@ -745,7 +745,7 @@ def _report_shared(runs: dict[str, Shared], as_json: bool) -> None:
             click.echo(f"pmm: not copied from {way}: {skipped.where}: {skipped.reason}", err=True)
         if not as_json:
             size = f"{done.fragments} fragments, {_size(done.bytes)}, and {done.lists} lists"
-            click.echo(f"copied {size} from {way}")
+            click.echo(f"{f'copied {size}' if done.fragments + done.lists else 'nothing to copy'} from {way}")
     if as_json:
         told = [done.to_json() for done in runs.values()]
         _print_json(told[0] if len(told) == 1 else {"there": told[0], "back": told[1]})

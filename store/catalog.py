@@ -462,8 +462,8 @@ class Store:
         self.publish_sheet("failures", {}, [asdict(one) for one in complete])
 
     def failures(self) -> list[Failure]:
-        """Every failure ever recorded, by time."""
-        found = [one for sheet in self._failures.items.values() for one in sheet]
+        """Every failure ever recorded, once, by time."""
+        found = {one for sheet in self._failures.items.values() for one in sheet}
         return sorted(found, key=lambda one: (one.when, one.key, one.attempt))
 
     def failure_sheets(self) -> Mapping[str, tuple[Failure, ...]]:

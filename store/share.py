@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
-from pmm import NotFound, StoreCorrupt
+from pmm import AlreadyThere, BadInput, NotFound, StoreCorrupt
 from pmm.store import fragment as fragments
-from pmm.store.catalog import SHEET_BYTES, Listing, Store
+from pmm.store import snapshots
+from pmm.store.catalog import SHEET_BYTES, Listing, Store, sheet
 from pmm.store.clip import Take
 from pmm.store.digest import digest
 from pmm.store.feature import FeatureSpec
@@ -68,10 +70,11 @@ def push(source: Store, target: Store, on_event: OnEvent = lambda event: None, c
     run = _Push(source, target, on_event)
     run.lists("removed")
     purge(target)  # what was destroyed on purpose in the source
-    target.refresh()
+    run.target.refresh()
     run.fragments(check)
     run.listings()
-    run.lists("failures")
+    run.failures()
+    run.snapshots()
     target.refresh()
     return run.result()
 
@@ -99,7 +102,7 @@ def copy_fragment(
     for held in target.fragments():
         if held.id == fragment.id:
             return held
-    return _copy(source, fragment, target, passed)
+    return _copy(_uncached(source), fragment, target, passed)
 
 
 def _copy(source: Store, fragment: Fragment, target: Store, passed: Passed) -> Fragment:
@@ -137,16 +140,17 @@ class _Push:
     """One run from ``source`` to ``target``, and what has come of it so far."""
 
     def __init__(self, source: Store, target: Store, on_event: OnEvent):
-        self.source, self.target = source, target
+        self.source, self.target = _uncached(source), _uncached(target)
         self.copied: list[Fragment] = []
         self.adopted = 0
-        self.skipped = [Skipped(where, reason) for where, reason in source.problems.items()]
+        self.skipped: list[Skipped] = []
         self._on_event, self._done, self._total = on_event, 0, 0
         self._known_sums: dict[str, list[bytes]] = {}
 
     def result(self) -> Shared:
         size = sum(one.bytes for one in self.copied)
-        return Shared(len(self.copied), size, self.adopted, tuple(self.skipped))
+        unread = [Skipped(where, reason) for where, reason in self.source.problems.items()]
+        return Shared(len(self.copied), size, self.adopted, (*unread, *self.skipped))
 
     def lists(self, folder: str) -> None:
         """Every whole file in ``folder``, as it is."""
@@ -155,6 +159,7 @@ class _Push:
 
     def listings(self) -> None:
         """Every listing that none replaces, without the takes that were removed."""
+        self.source.lists("datasets")  # reads them: what is damaged is no listing from then on
         held = {*self.target.lists("datasets"), *(_key(name) for name in self.target.replaced)}
         for one in self.source.listings():
             key = _key(one.name)
@@ -165,6 +170,38 @@ class _Push:
                 self._adopt(key, partial(self.source.medium.read, key, 0, SHEET_BYTES))
             else:
                 self._adopt(_key(_shorter(one, rest).name), _shorter(one, rest).to_bytes)
+
+    def failures(self) -> None:
+        """Every list of failures, without those of clips that were removed."""
+        held = set(self.target.lists("failures"))
+        for key, lines in self.source.failure_sheets().items():
+            rest = [asdict(one) for one in lines if one.key not in self.target.removed]
+            name = key
+            if len(rest) < len(lines):
+                shorter = digest("failures", {"of": key, "keys": [one["key"] for one in rest]})
+                name = f"failures/{shorter[:32]}.jsonl"
+            if name in held:
+                continue
+            if name == key:
+                self._adopt(key, partial(self.source.medium.read, key, 0, SHEET_BYTES))
+            elif rest:
+                self._adopt(name, partial(sheet, {"created": lines[0].when}, rest))
+
+    def snapshots(self) -> None:
+        """Every snapshot, without what was purged; the first of a name stays."""
+        there = set(snapshots.names(self.target))
+        wanted = [one for one in self.target.removals.values() if one.purge]
+        ids = frozenset(chain(*(one.hidden for one in wanted)))
+        specs = frozenset(chain(*(one.specs for one in wanted)))
+        for name in snapshots.names(self.source):
+            if name in there and snapshots.PINNED.fullmatch(name):  # which names its content
+                continue
+            try:
+                whole = snapshots.load(self.source, name)
+                snapshots.put(self.target, snapshots.without(whole, ids, specs))
+                self.adopted += name not in there
+            except (AlreadyThere, BadInput, *_NOT_WHOLE) as error:
+                self.skipped.append(Skipped(f"snapshots/{name}", str(error)))
 
     def fragments(self, check: bool) -> None:
         """Every fragment that ``target`` lacks or has only broken, from whichever copy is whole."""
@@ -244,6 +281,11 @@ class _Push:
             self.adopted += 1
         except _NOT_WHOLE as error:
             self.skipped.append(Skipped(key, str(error)))
+
+
+def _uncached(store: Store) -> Store:
+    """Copying a fragment once is no reason to keep it in the local cache."""
+    return Store(store.where, store.medium) if store.cache else store
 
 
 def _by_id(store: Store) -> dict[str, list[Fragment]]:

@@ -8,6 +8,7 @@ reads them there. It never reads anything else.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,6 +25,8 @@ from pmm.store.fragment import HEX64, MALFORMED, NAME, Fragment, hexes
 from pmm.store.medium import MediumError
 
 FOLDER, ENDING = "snapshots", ".jsonl"
+PINNED = re.compile(r"fit-[0-9a-f]{16}")
+"""Names that `pin` gives, decided by the content."""
 _NAMED_IN_AN_ERROR = 5
 
 
@@ -151,7 +154,7 @@ def take(store: Store, name: str, specs: Collection[str] | None = None) -> Snaps
     if not NAME.fullmatch(name):
         raise BadInput(f"{name!r} is no name of a snapshot: up to 64 of a-z 0-9 . _ - were expected")
     store.refresh()
-    return _create(store, capture(store, name, specs))
+    return put(store, capture(store, name, specs))
 
 
 def pin(store: Store, specs: Collection[str]) -> tuple[Snapshot, str]:
@@ -162,12 +165,13 @@ def pin(store: Store, specs: Collection[str]) -> tuple[Snapshot, str]:
     snapshot = capture(store, "", specs)
     snapshot = replace(snapshot, name=f"fit-{snapshot.id[:16]}")
     try:
-        return _create(store, snapshot), ""
+        return put(store, snapshot), ""
     except MediumError as error:
         return snapshot, str(error)
 
 
-def _create(store: Store, snapshot: Snapshot) -> Snapshot:
+def put(store: Store, snapshot: Snapshot) -> Snapshot:
+    """Keeps ``snapshot`` in ``store`` for ever. Raises AlreadyThere if another one of its name is there."""
     key, data = _key(snapshot.name), snapshot.to_bytes()
     if store.medium.create(key, data) == data:
         return snapshot
@@ -305,15 +309,21 @@ def purge(store: Store, ids: Collection[str], specs: Collection[str]) -> int:
         except PmmError:  # who knows what it names
             store.medium.delete(_key(name))
             continue
-        takes = tuple(one for one in old.takes if not {one.id, one.clip.id, one.target} & set(ids))
-        rows = {
-            spec: {row: one for row, one in pins.items() if row not in ids}
-            for spec, pins in old.rows.items()
-            if spec not in specs
-        }
-        new = Snapshot(name, old.created, takes, rows, old.removals, purged=True)
-        if (takes, rows) != (old.takes, old.rows):
+        new = without(old, ids, specs)
+        if new is not old:
             store.medium.delete(_key(name))
             store.medium.create(_key(name), new.to_bytes())
             changed += 1
     return changed
+
+
+def without(old: Snapshot, ids: Collection[str], specs: Collection[str]) -> Snapshot:
+    """``old`` with none of these takes, rows and specs, marked as purged; itself if it names none."""
+    takes = tuple(one for one in old.takes if not {one.id, one.clip.id, one.target} & set(ids))
+    rows = {
+        spec: {row: one for row, one in pins.items() if row not in ids}
+        for spec, pins in old.rows.items()
+        if spec not in specs
+    }
+    same = (takes, rows) == (old.takes, old.rows)
+    return old if same else replace(old, takes=takes, rows=rows, purged=True)

@@ -1,5 +1,6 @@
 """Stores filled apart and brought together: push, pull, merge."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -13,10 +14,14 @@ import numpy as np
 import pytest
 
 from pmm import StoreCorrupt
+from pmm.store import snapshots
 from pmm.store.care import verify
 from pmm.store.catalog import Failure, Store
 from pmm.store.clip import Take, lossless_clip
+from pmm.store.compact import compact
 from pmm.store.feature import FeatureSpec
+from pmm.store.gc import gc
+from pmm.store.removal import remove
 from pmm.store.share import Copied, copy_fragment, merge, push
 from pmm.train import protocols
 
@@ -259,6 +264,103 @@ def test_marks_of_damage_do_not_travel_and_what_is_marked_is_named(two):
     assert push(a, b).fragments == 2 * 2 + 1  # 0 and 2; 8, 15 and 16; and the healed one
 
 
+def test_snapshots_travel_and_name_the_same_bytes(two):
+    a, b = map(Store.open, two)
+    paper = snapshots.take(a, "paper")
+    pinned, _ = snapshots.pin(b, [TARGET.id])
+    snapshots.take(a, "both")
+    snapshots.take(b, "both")
+    there, back = merge(a, b)
+    for store in map(Store.open, two):
+        assert snapshots.names(store) == ["both", pinned.name, "paper"]
+        assert snapshots.load(store, pinned.name).id == pinned.id
+        view = snapshots.View(store, snapshots.load(store, "paper"))
+        assert snapshots.load(store, "paper").id == paper.id
+        for spec in (AUDIO, TARGET):
+            for number in (0, 2, *range(3, 9), 15, 16):  # 1 was removed in b
+                row = spec.row_id(take(number, "").clip.id, take(number, "").target)
+                assert view.read(spec.id, row).tobytes() == rows(row, spec=spec)[0][1].tobytes()
+    for skipped in (there.skipped[-1], back.skipped[-1]):
+        assert skipped.where == "snapshots/both"
+        assert "a snapshot 'both' of other content is in" in skipped.reason
+    assert merge(a, b)[0].lists == 0
+
+
+def test_who_was_purged_does_not_come_back_with_another_store(two):
+    a, b = map(Store.open, two)
+    merge(a, b)
+    snapshots.take(b, "paper")
+    b.publish_failures([Failure(take(4, "").clip.id, "/left/4.wav", "features", "too loud"), LOUD])
+    remove(a, subjects=["berta"], purge_bytes=True)
+    push(b, a)
+    berta = [take(number, "berta", "left") for number in (3, 4, 5)]
+    everything = b"".join(file.read_bytes() for file in two[0].rglob("*") if file.is_file())
+    for one in berta:
+        assert bytes.fromhex(one.clip.id) not in everything
+        for row, spec in ((one.clip.id, AUDIO), (one.target, TARGET)):
+            assert rows(row, spec=spec)[0][1].tobytes() not in everything
+    assert b"berta" not in everything
+    a.refresh()
+    assert LOUD.key in {one.key for one in a.failures()}
+    assert snapshots.load(a, "paper").purged
+    assert not {one.id for one in a.takes()} & {one.id for one in berta}
+
+    push(a, b)
+    assert not {one.id for one in b.takes()} & {one.id for one in berta}
+    gc(b)
+    everything = b"".join(file.read_bytes() for file in two[1].rglob("*") if file.is_file())
+    assert b"berta" not in everything
+    the_same = [contents(path) for path in two]
+    lost = {(AUDIO.id, take(number, "").clip.id) for number in (12, 13, 14)}
+    assert {key: data for key, data in the_same[1][0].items() if key not in lost} == the_same[0][0]
+    assert the_same[0][1:3] == the_same[1][1:3]
+
+
+LOUD = Failure("path:/left/y.wav", "y.wav", "probe", "too loud")
+
+
+def test_what_was_compacted_does_not_come_back_in_pieces(two):
+    a, b = map(Store.open, two)
+    merge(a, b)
+    b.refresh()
+    done = compact(b)
+    assert done.written
+    count = len(Store.open(two[1]).fragments())
+    again = push(a, Store.open(two[1]))
+    assert (again.fragments, len(Store.open(two[1]).fragments())) == (0, count)
+    the_same_contents(*two)
+
+
+def test_a_row_of_other_bytes_is_kept_beside_and_one_serves_both_stores(memory):
+    a, b = Store.create(memory / "a"), Store.create(memory / "b")
+    (row, array), *_ = rows("x")
+    mine, other = a.publish(AUDIO, [(row, array)], {}), b.publish(AUDIO, [(row, array + 1)], {})
+    merge(a, b)
+    serving = min((mine, other), key=lambda one: one.id)
+    for store in (a, b):
+        assert {one.id for one in store.fragments()} == {mine.id, other.id}
+        assert store.find(AUDIO.id, row)[0].id == serving.id
+
+
+def test_a_lying_source_is_named_and_harms_nobody(two, memory):
+    a = Store.open(two[0])
+    one = fragment_of(a, AUDIO, 0)
+    lie = dataclasses.replace(one, location="f" * 32, ids=bytes(32) + one.ids[32:])
+    shutil.copytree(a.path / one.folder, a.path / lie.folder)
+    (a.path / one.record).unlink()
+    (a.path / lie.record).write_bytes(lie.to_bytes())
+    listing = a.listings()[0].name
+    (a.path / f"datasets/{listing}.jsonl").chmod(0o600)
+    with (a.path / f"datasets/{listing}.jsonl").open("a") as file:
+        file.write("{}")
+    new = Store.create(memory / "new")
+    done = push(Store.open(two[0]), new)
+    assert [one.where for one in done.skipped] == [f"datasets/{listing}.jsonl", lie.folder]
+    assert "does not fit its record" in done.skipped[1].reason
+    assert not new.has(AUDIO.id, "00" * 32)
+    assert verify(new).clean
+
+
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
@@ -312,3 +414,24 @@ def test_a_push_killed_anywhere_is_finished_by_the_next(two, memory):
         assert verify(Store.open(path)).clean
     assert sent == sorted(sent, reverse=True)  # what had arrived was not sent again
     assert (sent[0], sent[-1]) == (len(Store.open(memory / "whole").fragments()), 0)
+
+
+# -- the commands
+
+
+def test_the_commands(pmm, two, memory):
+    done = pmm("store", "push", two[1], memory / "new", "--json")
+    assert (done.code, json.loads(done.out)["fragments"]) == (3, 6)
+    assert len([line for line in done.err.splitlines() if line.startswith("pmm: not copied from ")]) == 2
+    done = pmm("store", "pull", memory / "new", two[0])
+    assert (done.code, done.err) == (0, "")
+    assert done.out == f"copied 5 fragments, 14.3 kB, and 4 lists from {two[0]} to {memory}/new\n"
+    done = pmm("store", "pull", memory / "new", two[0])
+    assert done.out == f"nothing to copy from {two[0]} to {memory}/new\n"
+    done = pmm("store", "merge", two[0], two[1], "--json")
+    assert (done.code, json.loads(done.out).keys()) == (3, {"there", "back"})
+    assert f"pmm: not copied from {two[1]} to {two[0]}: fragments/" in done.err
+    done = pmm("store", "push", memory / "nowhere", two[0])
+    assert (done.code, done.complaint.startswith(f"no store at {memory}/nowhere")) == (1, True)
+    done = pmm("store", "merge", two[0], memory / "nowhere")
+    assert (done.code, (memory / "nowhere").exists()) == (1, False)

@@ -68,9 +68,7 @@ def push(source: Store, target: Store, on_event: OnEvent = lambda event: None, c
     source.refresh()
     target.refresh()
     run = _Push(source, target, on_event)
-    run.lists("removed")
-    purge(target)  # what was destroyed on purpose in the source
-    run.target.refresh()
+    run.removals()
     run.fragments(check)
     run.listings()
     run.failures()
@@ -151,6 +149,15 @@ class _Push:
         size = sum(one.bytes for one in self.copied)
         unread = [Skipped(where, reason) for where, reason in self.source.problems.items()]
         return Shared(len(self.copied), size, self.adopted, (*unread, *self.skipped))
+
+    def removals(self) -> None:
+        """Every removal; what a new one wants destroyed is destroyed in ``target``, too."""
+        before = set(self.target.removals)
+        self.lists("removed")
+        self.target.refresh()
+        if any(one.purge for name, one in self.target.removals.items() if name not in before):
+            purge(self.target)
+            self.target.refresh()
 
     def lists(self, folder: str) -> None:
         """Every whole file in ``folder``, as it is."""

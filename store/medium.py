@@ -174,8 +174,8 @@ class LocalMedium:
     def write(self, key: str, blocks: Iterable[Buffer]) -> None:
         path = self._inside(key)
         self._folder(path.parent)
-        self._before("open", key)
         with self._told("write", key):
+            self._before("open", key)
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 self._fill(fd, key, blocks)
@@ -198,9 +198,9 @@ class LocalMedium:
         self._folder(final.parent)
         draft = f"{_DRAFTS}/{uuid4().hex}"
         self.write(draft, [data])
-        self._before("link", key)
         with self._told("create", key):
             try:
+                self._before("link", key)
                 os.link(self.root / draft, final)
             except FileExistsError:
                 data = self.read(key, 0, max(len(data), _SMALL) + 1)  # a longer one is another one anyway
@@ -221,8 +221,8 @@ class LocalMedium:
 
     def delete(self, key: str) -> None:
         path = self._inside(key)
-        self._before("delete", key)
         with self._told("delete", key), contextlib.suppress(FileNotFoundError):
+            self._before("delete", key)
             os.unlink(path)
         with contextlib.suppress(OSError):  # folders of one fragment go with their last object
             for folder in list(path.relative_to(self.root).parents)[:-3]:
@@ -266,8 +266,8 @@ class LocalMedium:
         self._folder(path.parent)
         key = str(path.relative_to(self.root))
         draft = path.parent / f".{uuid4().hex}"
-        self._before("mkdir", key)
         with self._told("make a folder at", key):
+            self._before("mkdir", key)
             os.mkdir(draft)
             try:
                 with contextlib.suppress(PermissionError):
@@ -339,7 +339,10 @@ class LocalMedium:
 def _write_all(fd: int, block: Buffer) -> None:
     view = memoryview(block).cast("B")
     while view:
-        view = view[os.write(fd, view) :]
+        written = os.write(fd, view)  # may come short, on a disk that fills or a signal
+        if not written:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        view = view[written:]
 
 
 def _pread(fd: int, start: int, length: int) -> bytes:

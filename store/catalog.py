@@ -366,7 +366,7 @@ class Store:
         header = {
             "dataset": dataset,
             "origin": origin,
-            "replaces": [one.name for one in earlier],
+            "replaces": sorted({name for one in earlier for name in (one.name, *one.replaces)}),
         }
         self.publish_sheet("datasets", header, lines)
         return True

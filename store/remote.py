@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -57,7 +58,7 @@ class ObjectMedium:
     safe = False  # what is mapped is a copy
 
     def __init__(self, address: str, before: Callable[[str, str], None] = nothing):
-        self.bucket, _, prefix = address.removeprefix(SCHEME).strip("/").partition("/")
+        self.bucket, _, prefix = address.removeprefix(SCHEME).rstrip("/").partition("/")
         self.address = f"{SCHEME}{self.bucket}/{prefix}".rstrip("/")
         if not address.startswith(SCHEME) or not self.bucket or "" in (prefix or "-").split("/"):
             raise BadInput(f"{address} is no place for a store; a folder or s3://bucket/prefix was expected")
@@ -220,10 +221,11 @@ def _libraries() -> tuple[Any, Any]:
         import boto3  # type: ignore[import-untyped]
         import obstore
         from botocore.exceptions import BotoCoreError
+        from botocore.session import Session  # type: ignore[import-untyped]
     except ImportError as error:
         raise ExtraMissing(f"a store in a bucket needs {error.name}: pip install 'pmmtalk[s3]'") from None
     try:
-        return obstore, boto3.Session()
+        return obstore, boto3.Session(botocore_session=Session())
     except BotoCoreError as error:
         raise BadInput(f"AWS_PROFILE: {error}; see ~/.aws/config") from None
 
@@ -233,20 +235,27 @@ def _connect(session: Any, bucket: str, prefix: str) -> Any:
     from obstore.store import S3Store
 
     region = session.region_name or "us-east-1"
-    endpoint = session.client("s3", region_name=region).meta.endpoint_url
+    endpoint = _endpoint(session)
     options: dict[str, Any] = {
         "region": region,
         "client_options": {**_CLIENT, "allow_http": endpoint.startswith("http://")},
         "retry_config": _RETRY,
         "disable_bulk_delete": True,  # not every provider has it
     }
-    if not endpoint.endswith((".amazonaws.com", ".amazonaws.com.cn")):
+    if endpoint:
         options["endpoint"] = endpoint
     if session.get_credentials() is None:
         options["skip_signature"] = True  # a public bucket can be read without
     else:
         options["credential_provider"] = Boto3CredentialProvider(session)
     return S3Store(bucket, prefix=prefix or None, **options)
+
+
+def _endpoint(session: Any) -> str:
+    """Where requests go if not to AWS itself: by environment, or else by profile."""
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+    named = next((os.environ[name] for name in names if os.environ.get(name)), "")
+    return named or session._session.get_scoped_config().get("endpoint_url", "")
 
 
 def _reason(error: Exception) -> str:

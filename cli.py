@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pmm.precompute.models import ModelSet
     from pmm.precompute.plan import Plan
     from pmm.precompute.run import Outcome
+    from pmm.store.care import Repaired
     from pmm.store.catalog import Store
     from pmm.store.share import Shared
     from pmm.train.evaluate import Scores
@@ -555,6 +556,34 @@ _store_argument = click.argument("store_path", metavar="STORE", type=STORE)
 @store.command()
 @_store_argument
 @_json
+def compact(store_path: Path | str, as_json: bool) -> None:
+    """Join the small fragments of STORE into large ones, which open and copy faster.
+
+    Every row stays, byte for byte. Interrupt it and run it again: it goes on. Exit 3 when damaged
+    fragments were left alone (`pmm store verify --repair` sets them aside).
+    """
+    from pmm.store.catalog import Store
+    from pmm.store.compact import compact as join
+
+    with _bar(0, "B", "compacting", unit_scale=True) as bar:
+        done = join(
+            Store.open(store_path), on_event=lambda event: _reach(bar, event.done_bytes, event.total_bytes)
+        )
+    for folder in done.damaged:
+        click.echo(f"pmm: damaged: {folder}: left alone; run `pmm store verify --repair`", err=True)
+    if as_json:
+        _print_json(done.to_json())
+    else:
+        click.echo(
+            f"wrote {len(done.written)} fragments, {_size(done.bytes)}; retired {len(done.retired)} others"
+        )
+    if done.damaged:
+        raise click.exceptions.Exit(FAILED_CLIPS)
+
+
+@store.command()
+@_store_argument
+@_json
 def doctor(store_path: Path | str, as_json: bool) -> None:
     """Try out whether the disk or bucket of STORE, made or not, can keep what a store promises.
 
@@ -572,6 +601,46 @@ def doctor(store_path: Path | str, as_json: bool) -> None:
             click.echo(f"{one.state:<8} {one.probe:<12} {one.seen}")
     if any(one.state == REFUSED for one in found):
         raise click.exceptions.Exit(1)
+
+
+class _Age(click.ParamType):
+    """A length of time: 90s, 30m, 24h, 7d. Seconds."""
+
+    name = "age"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        if isinstance(value, float):
+            return value
+        number, unit = value[:-1], {"s": 1, "m": 60, "h": 3600, "d": 86_400}.get(value[-1:])
+        if unit is None or not number.isdecimal():
+            self.fail(f"{value!r} is no length of time; 90s, 30m, 24h or 7d was expected", param, ctx)
+        return float(int(number) * unit)
+
+
+@store.command()
+@_store_argument
+@click.option("--grace", type=_Age(), default="24h", show_default=True, help="Leave what is younger alone.")
+@click.option("--dry-run", is_flag=True, help="Say what would be deleted, and delete nothing.")
+@_json
+def gc(store_path: Path | str, grace: float, dry_run: bool, as_json: bool) -> None:
+    """Delete from STORE what killed writers left, and damaged copies of what it has whole.
+
+    A writer that is only slow loses work, not data: it publishes again.
+    """
+    from pmm.store.catalog import Store
+    from pmm.store.gc import gc as collect
+
+    done = collect(Store.open(store_path), grace, dry_run)
+    if as_json:
+        _print_json(done.to_json())
+        return
+    click.echo(
+        f"{'would delete' if dry_run else 'deleted'} {len(done.unfinished)} unfinished fragments, "
+        f"{len(done.replaced)} damaged copies and {done.drafts} drafts, {_size(done.bytes)}"
+        + (f"; {done.young} are younger than the grace period" if done.young else "")
+    )
+    for folder in done.kept:
+        click.echo(f"kept {folder}: damaged, and nothing else has all its rows; run `pmm precompute` again")
 
 
 @store.command()
@@ -754,6 +823,65 @@ def _report_shared(runs: dict[str, Shared], as_json: bool) -> None:
 
 
 @store.command()
+@_store_argument
+@click.option(
+    "--clips", multiple=True, metavar="ID", help="A take, clip or target (8 digits do), or a source."
+)
+@click.option("--subjects", multiple=True, metavar="NAME", help="Every take of a subject.")
+@click.option("--spec", "specs", multiple=True, metavar="ID", help="A feature set, all its rows.")
+@click.option("--purge", is_flag=True, help="Destroy the bytes, too: this cannot be taken back.")
+@_json
+def rm(
+    store_path: Path | str,
+    clips: tuple[str, ...],
+    subjects: tuple[str, ...],
+    specs: tuple[str, ...],
+    purge: bool,
+    as_json: bool,
+) -> None:
+    """Take clips, subjects or feature sets out of STORE, for everybody and in every store it is merged with.
+
+    `pmm precompute` refuses them from then on, unless told to --readmit them. Each option may be given
+    several times.
+    """
+    from pmm.store.catalog import Store
+    from pmm.store.removal import remove
+
+    if not (clips or subjects or specs):
+        raise click.UsageError("nothing to remove; name --clips, --subjects or --spec")
+    done = remove(Store.open(store_path), clips, subjects, specs, purge)
+    if as_json:
+        _print_json(done.to_json())
+        return
+    for source in done.sources:
+        click.echo(f"removed {source}")
+    gone = done.purged
+    click.echo(
+        f"removed {len(done.takes)} takes, {len(done.rows)} rows and {len(done.specs)} feature sets"
+        + (f"; deleted {gone.fragments} fragments and {gone.lists} lists that held them" if gone else "")
+    )
+
+
+@store.command()
+@_store_argument
+@click.argument("name")
+@_json
+def snapshot(store_path: Path | str, name: str, as_json: bool) -> None:
+    """Name what STORE holds now, for ever: `pmm fit --snapshot NAME` reads exactly that, or fails."""
+    from pmm.store import snapshots
+    from pmm.store.catalog import Store
+
+    taken = snapshots.take(Store.open(store_path), name)
+    rows = sum(map(len, taken.rows.values()))
+    if as_json:
+        told = {"name": taken.name, "id": taken.id, "created": taken.created}
+        _print_json({**told, "takes": len({take.id for take in taken.takes}), "rows": rows})
+    else:
+        takes = len({take.id for take in taken.takes})
+        click.echo(f"snapshot {name} ({taken.id[:12]}): {takes} takes, {rows} rows of features")
+
+
+@store.command()
 @click.argument("packed", metavar="FILE", type=PATH)
 @_store_argument
 @_json
@@ -776,30 +904,46 @@ def unpack(packed: Path, store_path: Path | str, as_json: bool) -> None:
 
 @store.command()
 @_store_argument
+@click.option("--quick", is_flag=True, help="Sizes and small objects only, not the rows themselves.")
+@click.option("--repair", "mend", is_flag=True, help="Set what is damaged aside, and save what is whole of it.")
 @_json
-def verify(store_path: Path | str, as_json: bool) -> None:
+def verify(store_path: Path | str, quick: bool, mend: bool, as_json: bool) -> None:
     """Read every byte of STORE and check it against its checksum; exit 3 if anything is damaged."""
+    from pmm.store.care import repair
     from pmm.store.care import verify as check
     from pmm.store.catalog import Store
 
+    opened = Store.open(store_path)
     with _bar(0, "B", "verifying", unit_scale=True) as bar:
-        report = check(Store.open(store_path), lambda event: _reach(bar, event.done_bytes, event.total_bytes))
+        report = check(opened, lambda event: _reach(bar, event.done_bytes, event.total_bytes), quick)
     for damage in report.damaged:
         clips = ", ".join(damage.sources or [row[:12] for row in damage.rows])
         click.echo(
             f"pmm: damaged: {damage.where}: {damage.reason}" + (f"; clips: {clips}" if clips else ""),
             err=True,
         )
+    repaired = repair(opened, report) if mend else None
     if as_json:
-        _print_json(report.to_json())
+        _print_json(report.to_json() | ({"repaired": repaired.to_json()} if repaired else {}))
     else:
         click.echo(
             f"{'clean' if report.clean else 'damaged'}: read {report.fragments} fragments, "
             f"{report.objects} objects, {report.rows} rows, {_size(report.bytes)}"
             + (f"; {report.orphans} unfinished fragments of killed writers" if report.orphans else "")
         )
+        if repaired and not report.clean:
+            click.echo(_repaired_text(repaired))
     if not report.clean:
         raise click.exceptions.Exit(FAILED_CLIPS)
+
+
+def _repaired_text(repaired: Repaired) -> str:
+    lines = [
+        f"set aside {len(repaired.marked)} damaged fragments and lists, wrote {len(repaired.written)} specs anew, "
+        f"saved {repaired.saved} whole rows; {len(repaired.lost)} rows are lost"
+        + (": `pmm precompute` computes them, `pmm store pull` fetches them" if repaired.lost else "")
+    ]
+    return "\n".join(lines + [f"not mended: {where}; put it back, or make it anew" for where in repaired.left])
 
 
 def _reach(bar: tqdm, done: float, total: float) -> None:

@@ -905,7 +905,9 @@ def unpack(packed: Path, store_path: Path | str, as_json: bool) -> None:
 @store.command()
 @_store_argument
 @click.option("--quick", is_flag=True, help="Sizes and small objects only, not the rows themselves.")
-@click.option("--repair", "mend", is_flag=True, help="Set what is damaged aside, and save what is whole of it.")
+@click.option(
+    "--repair", "mend", is_flag=True, help="Set what is damaged aside, and save what is whole of it."
+)
 @_json
 def verify(store_path: Path | str, quick: bool, mend: bool, as_json: bool) -> None:
     """Read every byte of STORE and check it against its checksum; exit 3 if anything is damaged."""
@@ -939,11 +941,12 @@ def verify(store_path: Path | str, quick: bool, mend: bool, as_json: bool) -> No
 
 def _repaired_text(repaired: Repaired) -> str:
     lines = [
-        f"set aside {len(repaired.marked)} damaged fragments and lists, wrote {len(repaired.written)} specs anew, "
-        f"saved {repaired.saved} whole rows; {len(repaired.lost)} rows are lost"
+        f"set aside {len(repaired.marked)} damaged fragments and lists, wrote {len(repaired.written)} specs "
+        f"anew, saved {repaired.saved} whole rows; {len(repaired.lost)} rows are lost"
         + (": `pmm precompute` computes them, `pmm store pull` fetches them" if repaired.lost else "")
     ]
-    return "\n".join(lines + [f"not mended: {where}; put it back, or make it anew" for where in repaired.left])
+    lines += [f"not mended: {where}; put it back, or make it anew" for where in repaired.left]
+    return "\n".join(lines)
 
 
 def _reach(bar: tqdm, done: float, total: float) -> None:

@@ -570,18 +570,30 @@ os.mkdir(path)
 os.chown(path, -1, team)
 os.chmod(path, 0o2775)
 spec = FeatureSpec("audio", "test/1", "float16", (5,), None, {})
-for turn, (user, umask) in enumerate([(54001, 0o077), (54002, 0o022), (54001, 0o077), (54002, 0o077)]):
+people = [(54001, 0o077), (54002, 0o022), (54001, 0o077), (54002, 0o077)]
+
+def start(turn):
     child = os.fork()  # before any thread runs; what a person without our rights can do
     if child == 0:
+        user, umask = people[turn % 4]
         os.setgroups([team])
         os.setgid(user)
         os.setuid(user)
         os.umask(umask)
         store = Store.open_or_create(path)
         store.publish(spec, [(f"{turn:02x}" * 32, np.full((4, 5), turn, np.float16))], {})
-        rows = [store.read(spec.id, row)[0, 0] for row in store.rows(spec.id)]
-        os._exit(0 if rows == list(range(turn + 1)) and verify(store).clean else 1)
-    assert os.waitpid(child, 0)[1] == 0, turn
+        store.publish_takes(f"of turn {turn}", [], {"host": "h", "root": str(turn), "layout": "livelink"})
+        seen = {row: store.read(spec.id, row)[0, 0] for row in store.rows(spec.id)}
+        right = all(row == f"{int(value):02x}" * 32 for row, value in seen.items())
+        os._exit(0 if right and len(seen) > min(turn, 3) and verify(store).clean else 1)
+    return child
+
+for turn in range(4):  # one after the other, then all at once
+    assert os.waitpid(start(turn), 0)[1] == 0, turn
+for child in [start(turn) for turn in range(4, 10)]:
+    assert os.waitpid(child, 0)[1] == 0
+store = Store.open(path)
+assert len(store.rows(spec.id)) == len(store.listings()) == 10 and verify(store).clean
 """
 
 

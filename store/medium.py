@@ -13,6 +13,7 @@ import fcntl
 import mmap
 import os
 import re
+import resource
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -169,6 +170,7 @@ class LocalMedium:
             found = os.fstat(fd).st_size
             if found != size:
                 raise StoreCorrupt(f"{self.root / key} has {found} bytes, its record says {size}")
+            _leave_room(fd)
             return mmap.mmap(fd, size, access=mmap.ACCESS_READ)
 
     def write(self, key: str, blocks: Iterable[Buffer]) -> None:
@@ -334,6 +336,17 @@ class LocalMedium:
         refused = MediumError(f"cannot {doing} {self.root / key}: {reason}")
         refused.errno = error.errno
         return refused
+
+
+def _leave_room(fd: int) -> None:
+    """A mapping keeps its file open: before those run out, asks the system for as many again."""
+    next_free = os.dup(fd)  # about as many as are open
+    os.close(next_free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if next_free > soft - 64 and soft != hard:
+        most = 2 * soft if hard == resource.RLIM_INFINITY else min(2 * soft, hard)
+        with contextlib.suppress(OSError, ValueError):  # the mapping itself will tell
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _write_all(fd: int, block: Buffer) -> None:

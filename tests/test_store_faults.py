@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -277,6 +278,24 @@ def test_a_disk_that_is_really_full(tmp_path):
         assert verify(again).clean
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+MANY_CHUNKS = """
+import resource, sys
+from pmm.store.catalog import Store
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+store = Store.open(sys.argv[1])
+(spec,) = store.specs
+kept = [store.read(spec, row) for row in store.rows(spec)]
+print(sum(len(one) for one in kept))
+"""
+
+
+def test_a_store_may_have_more_chunks_than_a_process_may_open_files(memory):
+    store = Store.create(memory / "store")
+    store.publish(AUDIO, [(f"{n:064x}", np.ones((30, 5), np.float16)) for n in range(10)], {}, chunk_bytes=10)
+    command = [sys.executable, "-P", "-c", MANY_CHUNKS, store.path]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "300\n"
 
 
 # -- a disk that vanishes under the map

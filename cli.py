@@ -27,12 +27,29 @@ if TYPE_CHECKING:
     from pmm.precompute.models import ModelSet
     from pmm.precompute.plan import Plan
     from pmm.precompute.run import Outcome
+    from pmm.store.care import Repaired
+    from pmm.store.catalog import Store
+    from pmm.store.share import Shared
     from pmm.train.evaluate import Scores
 
 FAILED_CLIPS = 3
 INTERRUPTED = 130
 
 PATH = click.Path(path_type=Path)
+
+
+class _Store(click.ParamType):
+    """A folder, or the address of a bucket."""
+
+    name = "store"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path | str:
+        from pmm.store.remote import place
+
+        return place(value) if isinstance(value, str) else value
+
+
+STORE = _Store()
 
 
 def main(args: list[str] | None = None) -> None:
@@ -88,6 +105,27 @@ _seed = click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same result."
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+
+
+def _reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How a store is read: what is kept of one in a bucket, and whether one on a disk is mapped."""
+    for option in (
+        click.option(
+            "--safe-read",
+            is_flag=True,
+            help="Read the store rather than map it: for a disk that may vanish. So it is on network disks.",
+        ),
+        click.option(
+            "--cache-gb",
+            type=click.FloatRange(0, min_open=True),
+            help="Keep this much of a store in a bucket on the local disk.  [default: PMM_CACHE_GB or 100]",
+        ),
+        click.option(
+            "--cache-dir", type=PATH, help="Keep it there.  [default: PMM_CACHE_DIR or ~/.cache/pmm]"
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -212,7 +250,12 @@ def synth(out: Path, minutes: float, subjects: int, languages: str, seed: int, a
 @pmm.command()
 @click.argument("datasets", nargs=-1, required=True, type=PATH)
 @click.option(
-    "--store", "store_path", required=True, type=PATH, help="The feature store; made if it is not there."
+    "--store",
+    "store_path",
+    required=True,
+    type=STORE,
+    metavar="STORE",
+    help="The feature store, a folder or s3://bucket/prefix; made if it is not there.",
 )
 @click.option("--layout", help="Dataset layout, where looking at the folder is not enough: livelink.")
 @_model_options
@@ -228,16 +271,18 @@ def synth(out: Path, minutes: float, subjects: int, languages: str, seed: int, a
     show_default=True,
     help="Close a fragment at this size.",
 )
+@click.option("--rehash", is_flag=True, help="Read every recording, also those that have not changed.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
 @_json
 def precompute(
     datasets: tuple[Path, ...],
-    store_path: Path,
+    store_path: Path | str,
     layout: str | None,
     fps: int,
     device: str,
     batch_seconds: float,
     fragment_mb: float,
+    rehash: bool,
     dry_run: bool,
     as_json: bool,
     **models: Any,
@@ -260,6 +305,7 @@ def precompute(
             layout=layout,
             limits=Limits(batch_seconds, round(fragment_mb * 1e6)),
             dry_run=dry_run,
+            rehash=rehash,
             on_event=_PrecomputeProgress(bar),
         )
     _report(plan, outcome, store_path, as_json)
@@ -306,7 +352,7 @@ def _show_plan(plan: Plan, label: str) -> None:
         )
 
 
-def _report(plan: Plan, outcome: Outcome | None, store: Path, as_json: bool) -> None:
+def _report(plan: Plan, outcome: Outcome | None, store: Path | str, as_json: bool) -> None:
     for failure in outcome.failures if outcome else ():
         named = Path(failure.source).name in failure.reason
         click.echo(f"pmm: failed: {'' if named else failure.source + ': '}{failure.reason}", err=True)
@@ -328,13 +374,13 @@ def _report(plan: Plan, outcome: Outcome | None, store: Path, as_json: bool) -> 
     if outcome and outcome.failures:
         click.echo(
             f"pmm: {len(outcome.failures)} recordings could not be used; each is named above and recorded in "
-            f"{store / 'failures'}",
+            f"{store}/failures",
             err=True,
         )
 
 
 @pmm.command()
-@click.argument("store_path", metavar="STORE", type=PATH)
+@click.argument("store_path", metavar="STORE", type=STORE)
 @click.option("--run", "run_path", required=True, type=PATH, help="A new folder for the run.")
 @click.option("--preset", type=click.Choice(["fast", "paper"]), default="fast", show_default=True)
 @click.option("--rig", type=click.Choice(["lip32", "arkit52"]), default="lip32", show_default=True)
@@ -356,23 +402,28 @@ def _report(plan: Plan, outcome: Outcome | None, store: Path, as_json: bool) -> 
 @_seed
 @_device
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+@_reading_options
 @_json
 def fit(
-    store_path: Path,
+    store_path: Path | str,
     run_path: Path,
     features: tuple[str, ...],
     resume: bool,
+    cache_dir: Path | None,
+    cache_gb: float | None,
+    safe_read: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Fit the alignment and decoder heads on the tensors cached in STORE."""
+    from pmm.store.cache import Cache
     from pmm.store.catalog import Store
     from pmm.train.run import FitOptions
     from pmm.train.run import fit as run_fit
 
     chosen = dict(_pair(text) for text in features)
     given = {key: value for key, value in options.items() if value is not None}
-    store = Store.open(store_path)
+    store = Store.open(store_path, Cache.default(cache_dir, cache_gb), safe_read or None)
     with _bar("step", "fitting") as bar:
         result = run_fit(
             store, run_path, FitOptions(**given, features=chosen), on_event=_FitProgress(bar), resume=resume
@@ -400,7 +451,11 @@ class _FitProgress:
 
     def __call__(self, event: Any) -> None:
         kind = type(event).__name__
-        if kind == "Started":
+        if kind == "Fetched":
+            self.bar.unit, self.bar.unit_scale, self.bar.desc = "B", True, "fetching: "
+            _reach(self.bar, event.done_bytes, event.total_bytes)
+        elif kind == "Started":
+            self.bar.unit, self.bar.unit_scale, self.bar.desc = "step", False, "fitting: "
             self.bar.reset(total=event.epochs * event.steps_per_epoch)
             self.bar.update(event.first_epoch * event.steps_per_epoch)
             note = f" ({event.skipped} takes lack features)" if event.skipped else ""
@@ -428,17 +483,35 @@ class _FitProgress:
 @click.option(
     "--split", type=click.Choice(["train", "validation", "test"]), default="test", show_default=True
 )
-@click.option("--store", "store_path", type=PATH, help="[default: the store the run was fitted on]")
+@click.option(
+    "--store",
+    "store_path",
+    type=STORE,
+    metavar="STORE",
+    help="[default: the store the run was fitted on]",
+)
 @_device
+@_reading_options
 @_json
-def evaluate(run_path: Path, split: str, store_path: Path | None, device: str, as_json: bool) -> None:
+def evaluate(
+    run_path: Path,
+    split: str,
+    store_path: Path | str | None,
+    device: str,
+    cache_dir: Path | None,
+    cache_gb: float | None,
+    safe_read: bool,
+    as_json: bool,
+) -> None:
     """Score a run: LVE and ALE beside the training mean face and silence, on the same clips."""
+    from pmm.store.cache import Cache
     from pmm.store.catalog import Store
     from pmm.train.evaluate import evaluate as score
     from pmm.train.run import load_run
 
     run = load_run(run_path, device=device)
-    scores = score(run, Store.open(store_path or run.store_path), split)
+    store = Store.open(store_path or run.store_path, Cache.default(cache_dir, cache_gb), safe_read or None)
+    scores = score(run, store, split)
     if as_json:
         _print_json(scores.to_json())
     else:
@@ -507,13 +580,103 @@ def store() -> None:
     """Look into a feature store and check it."""
 
 
-_store_argument = click.argument("store_path", metavar="STORE", type=PATH)
+_store_argument = click.argument("store_path", metavar="STORE", type=STORE)
 
 
 @store.command()
 @_store_argument
 @_json
-def info(store_path: Path, as_json: bool) -> None:
+def compact(store_path: Path | str, as_json: bool) -> None:
+    """Join the small fragments of STORE into large ones, which open and copy faster.
+
+    Every row stays, byte for byte. Interrupt it and run it again: it goes on. Exit 3 when damaged
+    fragments were left alone (`pmm store verify --repair` sets them aside).
+    """
+    from pmm.store.catalog import Store
+    from pmm.store.compact import compact as join
+
+    with _bar("B", "compacting", unit_scale=True) as bar:
+        done = join(
+            Store.open(store_path), on_event=lambda event: _reach(bar, event.done_bytes, event.total_bytes)
+        )
+    for folder in done.damaged:
+        click.echo(f"pmm: damaged: {folder}: left alone; run `pmm store verify --repair`", err=True)
+    if as_json:
+        _print_json(done.to_json())
+    else:
+        click.echo(
+            f"wrote {len(done.written)} fragments, {_size(done.bytes)}; retired {len(done.retired)} others"
+        )
+    if done.damaged:
+        raise click.exceptions.Exit(FAILED_CLIPS)
+
+
+@store.command()
+@_store_argument
+@_json
+def doctor(store_path: Path | str, as_json: bool) -> None:
+    """Try out whether the disk or bucket of STORE, made or not, can keep what a store promises.
+
+    Writes a few small objects there and takes them away again. Exit 1 where no store can be kept.
+    """
+    from dataclasses import asdict
+
+    from pmm.store.doctor import REFUSED, examine
+
+    found = examine(store_path)
+    if as_json:
+        _print_json([asdict(one) for one in found])
+    else:
+        for one in found:
+            click.echo(f"{one.state:<8} {one.probe:<12} {one.seen}")
+    if any(one.state == REFUSED for one in found):
+        raise click.exceptions.Exit(1)
+
+
+class _Age(click.ParamType):
+    """A length of time: 90s, 30m, 24h, 7d. Seconds."""
+
+    name = "age"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        if isinstance(value, float):
+            return value
+        number, unit = value[:-1], {"s": 1, "m": 60, "h": 3600, "d": 86_400}.get(value[-1:])
+        if unit is None or not number.isdecimal():
+            self.fail(f"{value!r} is no length of time; 90s, 30m, 24h or 7d was expected", param, ctx)
+        return float(int(number) * unit)
+
+
+@store.command()
+@_store_argument
+@click.option("--grace", type=_Age(), default="24h", show_default=True, help="Leave what is younger alone.")
+@click.option("--dry-run", is_flag=True, help="Say what would be deleted, and delete nothing.")
+@_json
+def gc(store_path: Path | str, grace: float, dry_run: bool, as_json: bool) -> None:
+    """Delete from STORE what killed writers left, and damaged copies of what it has whole.
+
+    A writer that is only slow loses work, not data: it publishes again.
+    """
+    from pmm.store.catalog import Store
+    from pmm.store.gc import gc as collect
+
+    done = collect(Store.open(store_path), grace, dry_run)
+    if as_json:
+        _print_json(done.to_json())
+        return
+    click.echo(
+        f"{'would delete' if dry_run else 'deleted'} {len(done.unfinished)} unfinished fragments, "
+        f"{len(done.replaced)} damaged copies and {done.drafts} drafts, {_size(done.bytes)}"
+        + (f"; {done.young} are younger than the grace period" if done.young else "")
+    )
+    for folder in done.kept:
+        click.echo(f"kept {folder}: damaged, and nothing else has all its rows; run `pmm precompute` again")
+
+
+@store.command()
+@_store_argument
+@_json
+def info(store_path: Path | str, as_json: bool) -> None:
     """What is in STORE, since when, by whom and how large."""
     from pmm.store.care import info as summarise
     from pmm.store.catalog import Store
@@ -562,7 +725,7 @@ def _when(iso: str) -> str:
 @store.command()
 @_store_argument
 @_json
-def ls(store_path: Path, as_json: bool) -> None:
+def ls(store_path: Path | str, as_json: bool) -> None:
     """The takes in STORE, one a line, with the modalities each has."""
     from pmm.store.care import contents
     from pmm.store.catalog import Store
@@ -576,32 +739,248 @@ def ls(store_path: Path, as_json: bool) -> None:
         _print_json([{**take.to_json(), "modalities": list(present)} for take, present in found])
 
 
+_other_argument = click.argument("other_path", metavar="OTHER", type=STORE)
+_check = click.option(
+    "--check",
+    is_flag=True,
+    help="Also read what the receiving store has already, and replace what is damaged.",
+)
+
+
 @store.command()
 @_store_argument
+@_other_argument
+@click.option("--no-check", is_flag=True, help="Do not read what both have already, to find what is damaged.")
 @_json
-def verify(store_path: Path, as_json: bool) -> None:
+def merge(store_path: Path | str, other_path: Path | str, no_check: bool, as_json: bool) -> None:
+    """Give STORE and OTHER the same contents: what either has, less what was removed in either.
+
+    Exit 3 when something damaged could not be copied (each is named).
+    """
+    from pmm.store.catalog import Store
+    from pmm.store.share import merge as bring_together
+
+    with _bar("B", "merging", unit_scale=True) as bar:
+        there, back = bring_together(
+            Store.open(store_path),
+            Store.open(other_path),
+            lambda event: _reach(bar, event.done_bytes, event.total_bytes),
+            check=not no_check,
+        )
+    _report_shared({f"{store_path} to {other_path}": there, f"{other_path} to {store_path}": back}, as_json)
+
+
+@store.command()
+@_store_argument
+@click.argument("out", type=PATH)
+@click.option("--subjects", help="Only takes of these, comma-separated.  [default: everybody's]")
+@click.option(
+    "--snapshot", help="What was in the store when this snapshot was made.  [default: what is there now]"
+)
+@_json
+def pack(
+    store_path: Path | str, out: Path, subjects: str | None, snapshot: str | None, as_json: bool
+) -> None:
+    """Write features and takes of STORE to the new HDF5 file OUT, to hand to someone.
+
+    The file explains itself and any HDF5 reader opens it; `pmm store unpack` puts it into a store again.
+    """
+    from pmm.store.catalog import Store
+    from pmm.store.pack import pack as write
+
+    chosen = [part.strip() for part in subjects.split(",")] if subjects else []
+    with _bar("B", "packing", unit_scale=True) as bar:
+        done = write(
+            Store.open(store_path),
+            out,
+            chosen,
+            snapshot or "",
+            lambda event: _reach(bar, event.done_bytes, event.total_bytes),
+        )
+    if as_json:
+        _print_json(done.to_json())
+    else:
+        click.echo(f"packed {done.takes} takes, {done.rows} rows of features, {_size(done.bytes)}, in {out}")
+
+
+@store.command()
+@_store_argument
+@_other_argument
+@_check
+@_json
+def pull(store_path: Path | str, other_path: Path | str, check: bool, as_json: bool) -> None:
+    """Copy what OTHER has and STORE lacks to STORE, which is made if it is not there.
+
+    Interrupt it and run it again: it goes on. Exit 3 when something damaged could not be copied.
+    """
+    from pmm.store.catalog import Store
+
+    _push(Store.open(other_path), Store.open_or_create(store_path), check, as_json)
+
+
+@store.command()
+@_store_argument
+@_other_argument
+@_check
+@_json
+def push(store_path: Path | str, other_path: Path | str, check: bool, as_json: bool) -> None:
+    """Copy what STORE has and OTHER lacks to OTHER, which is made if it is not there.
+
+    Interrupt it and run it again: it goes on. Exit 3 when something damaged could not be copied.
+    """
+    from pmm.store.catalog import Store
+
+    _push(Store.open(store_path), Store.open_or_create(other_path), check, as_json)
+
+
+def _push(source: Store, target: Store, check: bool, as_json: bool) -> None:
+    from pmm.store.share import push as send
+
+    with _bar("B", "copying", unit_scale=True) as bar:
+        done = send(source, target, lambda event: _reach(bar, event.done_bytes, event.total_bytes), check)
+    _report_shared({f"{source.where} to {target.where}": done}, as_json)
+
+
+def _report_shared(runs: dict[str, Shared], as_json: bool) -> None:
+    """What was copied each way, the damaged named; exit 3 if there is any."""
+    for way, done in runs.items():
+        for skipped in done.skipped:
+            click.echo(f"pmm: not copied from {way}: {skipped.where}: {skipped.reason}", err=True)
+        if not as_json:
+            size = f"{done.fragments} fragments, {_size(done.bytes)}, and {done.lists} lists"
+            click.echo(f"{f'copied {size}' if done.fragments + done.lists else 'nothing to copy'} from {way}")
+    if as_json:
+        told = [done.to_json() for done in runs.values()]
+        _print_json(told[0] if len(told) == 1 else {"there": told[0], "back": told[1]})
+    if any(done.skipped for done in runs.values()):
+        raise click.exceptions.Exit(FAILED_CLIPS)
+
+
+@store.command()
+@_store_argument
+@click.option(
+    "--clips", multiple=True, metavar="ID", help="A take, clip or target (8 digits do), or a source."
+)
+@click.option("--subjects", multiple=True, metavar="NAME", help="Every take of a subject.")
+@click.option("--spec", "specs", multiple=True, metavar="ID", help="A feature set, all its rows.")
+@click.option("--purge", is_flag=True, help="Destroy the bytes, too: this cannot be taken back.")
+@_json
+def rm(
+    store_path: Path | str,
+    clips: tuple[str, ...],
+    subjects: tuple[str, ...],
+    specs: tuple[str, ...],
+    purge: bool,
+    as_json: bool,
+) -> None:
+    """Take clips, subjects or feature sets out of STORE, for everybody and in every store it is merged with.
+
+    `pmm precompute` refuses them from then on, unless told to --readmit them. Each option may be given
+    several times.
+    """
+    from pmm.store.catalog import Store
+    from pmm.store.removal import remove
+
+    if not (clips or subjects or specs):
+        raise click.UsageError("nothing to remove; name --clips, --subjects or --spec")
+    done = remove(Store.open(store_path), clips, subjects, specs, purge)
+    if as_json:
+        _print_json(done.to_json())
+        return
+    for source in done.sources:
+        click.echo(f"removed {source}")
+    gone = done.purged
+    click.echo(
+        f"removed {len(done.takes)} takes, {len(done.rows)} rows and {len(done.specs)} feature sets"
+        + (f"; deleted {gone.fragments} fragments and {gone.lists} lists that held them" if gone else "")
+    )
+
+
+@store.command()
+@_store_argument
+@click.argument("name")
+@_json
+def snapshot(store_path: Path | str, name: str, as_json: bool) -> None:
+    """Name what STORE holds now, for ever: `pmm fit --snapshot NAME` reads exactly that, or fails."""
+    from pmm.store import snapshots
+    from pmm.store.catalog import Store
+
+    taken = snapshots.take(Store.open(store_path), name)
+    rows = sum(map(len, taken.rows.values()))
+    if as_json:
+        told = {"name": taken.name, "id": taken.id, "created": taken.created}
+        _print_json({**told, "takes": len({take.id for take in taken.takes}), "rows": rows})
+    else:
+        takes = len({take.id for take in taken.takes})
+        click.echo(f"snapshot {name} ({taken.id[:12]}): {takes} takes, {rows} rows of features")
+
+
+@store.command()
+@click.argument("packed", metavar="FILE", type=PATH)
+@_store_argument
+@_json
+def unpack(packed: Path, store_path: Path | str, as_json: bool) -> None:
+    """Put what is in FILE, which `pmm store pack` wrote, into STORE, which is made if it is not there.
+
+    All of FILE is checked first: from one that is not wholly as it should be, nothing is taken.
+    """
+    from pmm.store.pack import unpack as take_over
+
+    with _bar("B", "unpacking", unit_scale=True) as bar:
+        done = take_over(packed, store_path, lambda event: _reach(bar, event.done_bytes, event.total_bytes))
+    if as_json:
+        _print_json(done.to_json())
+    else:
+        click.echo(
+            f"took {done.takes} takes, {done.rows} rows of features, {_size(done.bytes)}, from {packed}"
+        )
+
+
+@store.command()
+@_store_argument
+@click.option("--quick", is_flag=True, help="Sizes and small objects only, not the rows themselves.")
+@click.option(
+    "--repair", "mend", is_flag=True, help="Set what is damaged aside, and save what is whole of it."
+)
+@_json
+def verify(store_path: Path | str, quick: bool, mend: bool, as_json: bool) -> None:
     """Read every byte of STORE and check it against its checksum; exit 3 if anything is damaged."""
+    from pmm.store.care import repair
     from pmm.store.care import verify as check
     from pmm.store.catalog import Store
 
+    opened = Store.open(store_path)
     with _bar("B", "verifying", unit_scale=True) as bar:
-        report = check(Store.open(store_path), lambda event: _reach(bar, event.done_bytes, event.total_bytes))
+        report = check(opened, lambda event: _reach(bar, event.done_bytes, event.total_bytes), quick)
     for damage in report.damaged:
         clips = ", ".join(damage.sources or [row[:12] for row in damage.rows])
         click.echo(
             f"pmm: damaged: {damage.where}: {damage.reason}" + (f"; clips: {clips}" if clips else ""),
             err=True,
         )
+    repaired = repair(opened, report) if mend else None
     if as_json:
-        _print_json(report.to_json())
+        _print_json(report.to_json() | ({"repaired": repaired.to_json()} if repaired else {}))
     else:
         click.echo(
             f"{'clean' if report.clean else 'damaged'}: read {report.fragments} fragments, "
             f"{report.objects} objects, {report.rows} rows, {_size(report.bytes)}"
             + (f"; {report.orphans} unfinished fragments of killed writers" if report.orphans else "")
         )
+        if repaired and not report.clean:
+            click.echo(_repaired_text(repaired))
     if not report.clean:
         raise click.exceptions.Exit(FAILED_CLIPS)
+
+
+def _repaired_text(repaired: Repaired) -> str:
+    lines = [
+        f"set aside {len(repaired.marked)} damaged fragments and lists, wrote {len(repaired.written)} specs "
+        f"anew, saved {repaired.saved} whole rows; {len(repaired.lost)} rows are lost"
+        + (": `pmm precompute` computes them, `pmm store pull` fetches them" if repaired.lost else "")
+    ]
+    lines += [f"not mended: {where}; put it back, or make it anew" for where in repaired.left]
+    return "\n".join(lines)
 
 
 @pmm.command()

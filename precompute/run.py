@@ -7,8 +7,9 @@ what is missing. One bad clip never stops the others; it leaves a Failure.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,13 @@ import numpy as np
 
 from pmm import BadInput, PmmError
 from pmm.precompute import media
+from pmm.precompute.claims import Claims
 from pmm.precompute.datasets import find, livelink
+from pmm.precompute.identities import Identities, default_path
 from pmm.precompute.plan import Plan, Source, Work, batches, make_plan
 from pmm.precompute.survey import Probed, one_line, survey
 from pmm.store import clock, fragment
-from pmm.store.catalog import Failure, Store
+from pmm.store.catalog import Failure, Store, is_there
 from pmm.store.clip import target_id
 from pmm.store.feature import FeatureSpec
 
@@ -31,11 +34,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Limits:
-    """When a batch is full and when a fragment closes."""
+    """When a batch is full, when a fragment closes, and how long a run waits for clips that others claim
+    while they claim nothing new."""
 
     batch_seconds: float = 60.0
     fragment_bytes: int = 512 << 20
     fragment_seconds: float = 600.0
+    patience_seconds: float = 60.0
+
+
+_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -122,10 +130,12 @@ class Outbox:
         if sum(array.nbytes for _, array in rows) >= self.limits.fragment_bytes:
             self._publish(spec.id)
 
-    def tick(self) -> None:
-        """Close every fragment once the oldest row has waited ``fragment_seconds``."""
-        if time.monotonic() - self._since >= self.limits.fragment_seconds:
+    def tick(self) -> bool:
+        """Close every fragment once the oldest row has waited ``fragment_seconds``; whether that was now."""
+        due = time.monotonic() - self._since >= self.limits.fragment_seconds
+        if due:
             self.flush()
+        return due
 
     def flush(self) -> None:
         for spec_id in list(self._waiting):
@@ -145,7 +155,7 @@ class Outbox:
 
 def precompute(
     folders: Sequence[Path],
-    store_path: Path,
+    store_path: Path | str,
     models: ModelSet,
     *,
     fps: int = 30,
@@ -153,21 +163,27 @@ def precompute(
     layout: str | None = None,
     limits: Limits = Limits(),
     dry_run: bool = False,
+    rehash: bool = False,
     on_event: Callable[[Event], None] = lambda _: None,
 ) -> tuple[Plan, Outcome | None]:
     """Cache what ``models`` say of every clip in ``folders``: find, plan, and (unless ``dry_run``) compute.
 
+    Recordings that this user has named before and that have not changed since are not read again to be
+    named, unless ``rehash``. Several runs over one dataset at once share the work.
     What can be refused is refused before anything is read or written: missing folders, a place that
     is no store, models that cannot be had. Raises PmmError kinds; returns no Outcome for a dry run.
     """
     from pmm.precompute.models import load
 
     founds = [(folder, find(folder, layout)) for folder in folders]
-    fresh = dry_run and not store_path.exists()
+    fresh = dry_run and not is_there(store_path)
     store = None if fresh else Store.open_or_create(store_path)
     frozen = load(models, fps=fps, device=device)
-    seen = survey(founds, on_event)
+    with Identities(default_path(), fresh=rehash) as identities:
+        seen = survey(founds, on_event, identities)
     specs = {**frozen.specs, "target": livelink.target_spec(fps)}
+    if store is not None:
+        store.refresh()
     plan = make_plan(seen.sources, specs, lambda spec, row: store is not None and store.has(spec, row))
     on_event(Planned(plan, frozen.label))
     if dry_run or store is None:
@@ -195,13 +211,11 @@ def execute(
     run = _Run(plan, store, models, Outbox(store, models.description, limits, on_event), on_event)
     run.failures += earlier_failures
     try:
-        for batch, waves in _decoded(batches(plan.work, limits.batch_seconds)):
-            run.batch(batch, waves)
-            run.outbox.tick()
+        left = run.all(plan.work)
+        while left := run.not_done_elsewhere(left):
+            left = run.all(left)
     finally:
-        run.outbox.flush()
-        if run.failures:
-            store.publish_failures(run.failures)
+        run.finish()
     box = run.outbox
     return Outcome(
         run.clips, box.rows, box.fragments, box.bytes, tuple(run.failures), run.clipped, run.dropped
@@ -211,14 +225,17 @@ def execute(
 Decoded = Mapping[str, np.ndarray | Exception]
 
 
-def _decoded(todo: Sequence[tuple[Work, ...]]) -> Iterator[tuple[tuple[Work, ...], Decoded]]:
+def _decoded(todo: Iterable[tuple[Work, ...]]) -> Iterator[tuple[tuple[Work, ...], Decoded]]:
     """Each batch with its audio by clip id, (n,) float32 at 16 kHz, decoded one batch ahead of the models."""
     with ThreadPoolExecutor(1) as pool:
-        ahead: Future[Decoded] | None = None
-        for index, batch in enumerate(todo):
-            waves = (ahead or pool.submit(_decode_batch, batch)).result()
-            ahead = pool.submit(_decode_batch, todo[index + 1]) if index + 1 < len(todo) else None
-            yield batch, waves
+        last: tuple[tuple[Work, ...], Future[Decoded]] | None = None
+        for batch in todo:
+            coming = (batch, pool.submit(_decode_batch, batch))
+            if last is not None:
+                yield last[0], last[1].result()
+            last = coming
+        if last is not None:
+            yield last[0], last[1].result()
 
 
 def _decode_batch(batch: Sequence[Work]) -> Decoded:
@@ -246,10 +263,60 @@ class _Run:
         self.failures: list[Failure] = []
         self.clips = 0
         self.clipped = self.dropped = 0
+        self._claims = Claims(store, (share.spec.id for share in plan.shares))
+        self._finished: set[str] = set()
+        self._told = 0
+        self._known_failures = frozenset(store.failures())
+
+    def all(self, work: Sequence[Work]) -> list[Work]:
+        """Computes and publishes ``work``, except what another run is at; returns that."""
+        left: list[Work] = []
+        for batch, waves in _decoded(self._claimed(work, left)):
+            self.batch(batch, waves)
+            self._finished.update(item.clip.id for item in batch)
+            if self.outbox.tick():
+                self._claims.release(self._finished)
+        self.finish()
+        return left
+
+    def finish(self) -> None:
+        """What was computed is published, what failed is recorded, and others may have the rest."""
+        try:
+            self.outbox.flush()
+        finally:
+            self.store.publish_failures(self.failures[self._told :])
+            self._told = len(self.failures)
+            self._claims.release_all()
+        with suppress(PmmError):  # it only makes opening faster
+            self.store.keep_index()
+
+    def _claimed(self, work: Sequence[Work], left: list[Work]) -> Iterator[tuple[Work, ...]]:
+        """Batches of what nobody else is at, each claimed when it is asked for; the others go to ``left``."""
+        for batch in batches(work, self.outbox.limits.batch_seconds):
+            self.store.refresh()
+            missing = [item for item in batch if self._still_missing(item)]
+            mine = self._claims.take([item.clip.id for item in missing])
+            left += [item for item in missing if item.clip.id not in mine]
+            if mine:
+                yield tuple(item for item in missing if item.clip.id in mine)
+
+    def not_done_elsewhere(self, left: Sequence[Work]) -> list[Work]:
+        """What others left undone of ``left``, once they no longer claim it or do not get on."""
+        while left:
+            taken = self._claims.taken()
+            self.store.refresh()
+            failed = {one.key for one in frozenset(self.store.failures()) - self._known_failures}
+            left = [one for one in left if self._still_missing(one) and one.clip.id not in failed]
+            if not taken.issuperset(one.clip.id for one in left):
+                return left
+            if self._claims.quiet_seconds > self.outbox.limits.patience_seconds:
+                self._claims.outwaited()
+                return left
+            time.sleep(_POLL_SECONDS)
+        return []
 
     def batch(self, batch: Sequence[Work], waves: Decoded) -> None:
         """One batch: face tracks first (cheap; a bad one saves its clip the models), then the models."""
-        self.store.refresh()
         batch = [fresh for item in batch if (fresh := self._still_missing(item))]
         failed: dict[str, Failure] = {}
         for item in batch:

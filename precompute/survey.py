@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pmm import PmmError
 from pmm.precompute import media
 from pmm.precompute.datasets import Found, Recording
 from pmm.precompute.datasets.livelink import read_bytes
+from pmm.precompute.identities import Identities, stamp
 from pmm.precompute.plan import Source
 from pmm.store.catalog import Failure
-from pmm.store.clip import Take, target_id
+from pmm.store.clip import Clip, Take, target_id
 
 
 @dataclass(frozen=True)
 class Probed:
-    """Event: one recording was read and named."""
+    """Event: one recording was named, by reading it or (``known``) by its cached identity."""
 
     done: int
     total: int
     path: Path
+    known: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,15 @@ class Survey:
 
 
 def survey(
-    founds: Sequence[tuple[Path, Found]], on_event: Callable[[Probed], None] = lambda _: None
+    founds: Sequence[tuple[Path, Found]],
+    on_event: Callable[[Probed], None] = lambda _: None,
+    identities: Identities | None = None,
 ) -> Survey:
-    """Read every recording of the (folder, what was found there) pairs and name its content."""
+    """Name the content of every recording of the (folder, what was found there) pairs.
+
+    Files that ``identities`` knows are not read; what is read is kept there.
+    """
+    identities = identities or Identities(None)
     total = sum(len(found.recordings) for _, found in founds)
     failures = [_refusal(folder, *refused) for folder, found in founds for refused in found.refused]
     listings: list[Listing] = []
@@ -62,26 +71,70 @@ def survey(
         for folder, found in founds:
             label = folder.resolve().name
             sources: list[Source] = []
-            for outcome, recording in zip(
-                pool.map(_probe, found.recordings, itertools.repeat(label)), found.recordings
-            ):
-                on_event(Probed(next(done), total, recording.audio))
-                if isinstance(outcome, Source):
-                    sources.append(outcome)
-                else:
+            asked = [_Asked.of(recording, identities) for recording in found.recordings]
+            for one, outcome in zip(asked, pool.map(_probe, asked)):
+                on_event(Probed(next(done), total, one.recording.audio, one.known))
+                if isinstance(outcome, Failure):
                     failures.append(outcome)
+                else:
+                    one.keep(outcome, identities)
+                    sources.append(_source(one.recording, label, *outcome))
             origin = {"host": socket.gethostname(), "root": str(folder.resolve()), "layout": found.layout}
             listings.append(Listing(label, origin, tuple(sources)))
     return Survey(tuple(listings), tuple(failures))
 
 
-def _probe(recording: Recording, dataset: str) -> Source | Failure:
-    """Name one recording by its content; a Failure when its audio cannot be used."""
+Named = tuple[Clip, str | None]
+"""A recording's clip and the id of its target."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A recording, what its files looked like before they were read, and what is known of them."""
+
+    recording: Recording
+    audio_stamp: str | None
+    target_stamp: str | None
+    clip: Clip | None
+    target: str | None
+
+    @classmethod
+    def of(cls, recording: Recording, identities: Identities) -> _Asked:
+        seen = stamp(recording.audio)
+        known = identities.get(recording.audio, "clip", seen)
+        clip = None if known is None else Clip(**json.loads(known))
+        target_seen = stamp(recording.target) if recording.target else None
+        if clip is None or recording.target is None:
+            return cls(recording, seen, target_seen, clip, None)
+        target = identities.get(recording.target, f"target of {clip.id}", target_seen)
+        return cls(recording, seen, target_seen, clip, target)
+
+    @property
+    def known(self) -> bool:
+        """Whether nothing is left to read."""
+        return self.clip is not None and (self.recording.target is None or self.target is not None)
+
+    def keep(self, named: Named, identities: Identities) -> None:
+        clip, target = named
+        if self.clip is None:
+            identities.put(self.recording.audio, "clip", self.audio_stamp, json.dumps(asdict(clip)))
+        if self.target is None and self.recording.target is not None and target is not None:
+            identities.put(self.recording.target, f"target of {clip.id}", self.target_stamp, target)
+
+
+def _probe(asked: _Asked) -> Named | Failure:
+    """Read what is not known of one recording; a Failure when it cannot be used."""
+    recording = asked.recording
     try:
-        clip = media.probe(recording.audio)
-        target = None if recording.target is None else target_id(clip, read_bytes(recording.target))
+        clip = asked.clip or media.probe(recording.audio)
+        if asked.target or recording.target is None:
+            return clip, asked.target
+        return clip, target_id(clip, read_bytes(recording.target))
     except (PmmError, OSError) as error:
         return Failure(file_key(recording.audio), recording.name, "probe", one_line(error))
+
+
+def _source(recording: Recording, dataset: str, clip: Clip, target: str | None) -> Source:
     take = Take(
         clip,
         target,

@@ -1,24 +1,25 @@
-"""Care of a store: every byte checked, and what is in it told.
-
-Nothing here changes a store.
-"""
+"""Care of a store: every byte checked, what is in it told, what is broken set aside."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pmm import PmmError
+from pmm import NotFound, PmmError, StoreCorrupt
 from pmm.store import clock
+from pmm.store import fragment as fragments
 from pmm.store.catalog import Store
 from pmm.store.clip import Take
+from pmm.store.compact import intact, rewrite
+from pmm.store.digest import canonical_json, strict_json
 from pmm.store.feature import FeatureSpec
-from pmm.store.fragment import ID_BYTES, MAX_CLIPS, Fragment, Object, hexes
+from pmm.store.fragment import ID_BYTES, MALFORMED, MAX_CLIPS, Fragment, Object, hexes
+from pmm.store.retire import Keepers
 
-_BLOCK_BYTES = 8 << 20
+_HEAD_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,17 @@ class Verified:
     total_bytes: int
 
 
-def verify(store: Store, on_event: Callable[[Verified], None] | None = None) -> Report:
+def verify(store: Store, on_event: Callable[[Verified], None] | None = None, quick: bool = False) -> Report:
     """Reads every byte of the store's objects and checks it against what was recorded.
+
+    With ``quick`` the rows themselves are not read: only the sizes of their objects are checked.
 
     Objects against size and sha256; each clip's rows against its sum; zarr metadata, offsets and ids
     against the record; specs against their names; listings, failures and removals against their own
-    sums. Reads everything anew: what ``store`` has in memory or mapped is not trusted.
+    sums. Reads everything anew: what ``store`` has in memory or mapped is not trusted. Changes nothing
+    but that index objects which do not say what the records do are deleted, where we may.
     """
-    fresh = Store(store.path, store.medium)
+    fresh = Store(store.where, store.medium, indexed=False)
     found = fresh.fragments()
     total = sum(one.bytes for one in found)
     sources = _sources(fresh)
@@ -82,6 +86,7 @@ def verify(store: Store, on_event: Callable[[Verified], None] | None = None) -> 
         for key, reason in fresh.problems.items()
     ]
     damaged += _missing_specs(fresh, found)
+    damaged += [Damage(key, reason) for key, reason in fresh.drop_bad_indexes().items()]
     done = 0
 
     def passed(size: int) -> None:
@@ -91,7 +96,8 @@ def verify(store: Store, on_event: Callable[[Verified], None] | None = None) -> 
             on_event(Verified(done, total))
 
     for one in found:
-        damaged += [_told(damage, sources) for damage in _check(fresh, one, passed)]
+        check = _check_quickly(fresh, one, passed) if quick else _check(fresh, one, passed)
+        damaged += [_told(damage, sources) for damage in check]
     return Report(
         damaged=tuple(damaged),
         fragments=len(found),
@@ -104,11 +110,102 @@ def verify(store: Store, on_event: Callable[[Verified], None] | None = None) -> 
     )
 
 
+@dataclass(frozen=True)
+class Repaired:
+    """What ``repair`` did.
+
+    marked   what is not served from now on: fragments' folders, records and lists
+    saved    rows that were whole in a damaged fragment and are served from another now
+    lost     row ids that nothing serves any more: `pmm precompute` computes them, `pull` fetches them
+    written  specs that were written anew
+    left     what could not be mended, and stays in the report
+    """
+
+    marked: tuple[str, ...]
+    saved: int
+    lost: tuple[str, ...]
+    written: tuple[str, ...]
+    left: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def repair(store: Store, report: Report) -> Repaired:
+    """Sets aside what ``verify`` found broken, so that whole copies serve and lost rows are missed.
+
+    Rows that are still whole in a damaged fragment are written to another first. Nothing is deleted
+    but specs, which are written anew; gc takes damaged copies once others hold all their rows. Raises
+    MediumError, with that fragment as it was, where the disk cannot be read right now.
+    """
+    store = Store(store.where, store.medium, indexed=False)
+    wheres = [damage.where for damage in report.damaged]
+    folders = {"/".join(where.split("/")[:3]) for where in wheres if where.startswith("fragments/")}
+    broken = [one for one in store.fragments() if one.folder in folders]
+    saved = sum(_set_aside(store, one) for one in broken)
+    lists = [w for w in wheres if w.startswith(("records/", "datasets/", "failures/"))]
+    for where in lists:
+        store.mark_damaged(where.rpartition("/")[2].partition(".")[0], "found damaged by verify")
+    specs = {where for where in wheres if where.startswith("specs/")}
+    written = {where for where in specs if _write_spec(store, where)}
+    mended = {*folders, *lists, *written}
+    return Repaired(
+        marked=tuple(sorted([one.folder for one in broken] + lists)),
+        saved=saved,
+        lost=_unserved(store, report, broken),
+        written=tuple(sorted(written)),
+        left=tuple(sorted(w for w in set(wheres) if not any(w.startswith(done) for done in mended))),
+    )
+
+
+def _set_aside(store: Store, one: Fragment) -> int:
+    """Marks a fragment that is broken, once its whole rows are in others; returns how many were written."""
+    for stored in one.objects:
+        with suppress(StoreCorrupt, NotFound):
+            store.medium.read(f"{one.folder}/{stored.path}", 0, 1)  # a disk that is away is no damage
+    if whole := Keepers(store).unheld(one, intact(store, one)):
+        rewrite(store, [(one, whole)])
+    store.mark_damaged(one.location, "found damaged by verify")
+    return len(whole)
+
+
+def _unserved(store: Store, report: Report, broken: Iterable[Fragment]) -> tuple[str, ...]:
+    rows = {(one.spec_id, row) for one in broken for row in one.row_ids}
+    for damage in report.damaged:
+        if damage.where.startswith("records/"):
+            rows |= {(damage.where.split("/")[1], row) for row in damage.rows}
+    return tuple(sorted({row for spec, row in rows if row not in store.removed and not store.has(spec, row)}))
+
+
+def _write_spec(store: Store, key: str) -> bool:
+    """Writes a damaged spec anew from what a fragment of it says of itself."""
+    spec_id = key.split("/")[1].removesuffix(".json")
+    for one in store.fragments():
+        if one.spec_id == spec_id:
+            with suppress(PmmError, *MALFORMED):
+                about = strict_json(store.medium.read(f"{one.folder}/zarr.json", 0, _HEAD_BYTES), one.folder)
+                feature = canonical_json(about["attributes"]["pmm"]["feature"])
+                spec = FeatureSpec.from_bytes(feature, one.folder)
+                if spec.id == spec_id:
+                    store.medium.delete(key)
+                    return store.medium.create(key, spec.to_bytes()) == spec.to_bytes()
+    return False
+
+
+def _check_quickly(store: Store, one: Fragment, passed: Callable[[int], None]) -> Iterator[Damage]:
+    """What is wrong with one fragment, as far as can be told without its rows."""
+    passed(one.bytes)
+    try:
+        store.reader(one)
+    except PmmError as error:
+        yield Damage(one.folder, str(error), tuple(one.row_ids))
+
+
 def _check(store: Store, one: Fragment, passed: Callable[[int], None]) -> Iterator[Damage]:
     """What is wrong with one fragment."""
     whole = True
     for stored in one.objects:
-        reason = _object_damage(store, one, stored)
+        reason = object_damage(store, one, stored)
         passed(stored.size)
         if reason:
             whole = False
@@ -120,19 +217,9 @@ def _check(store: Store, one: Fragment, passed: Callable[[int], None]) -> Iterat
         yield Damage(one.folder, "all clips read as they were written; only padding or metadata is hit")
 
 
-def _object_damage(store: Store, one: Fragment, stored: Object) -> str:
+def object_damage(store: Store, one: Fragment, stored: Object) -> str:
     """Why this object is not the recorded one; empty if it is."""
-    key = f"{one.folder}/{stored.path}"
-    running, size = hashlib.sha256(), 0
-    try:
-        while block := store.medium.read(key, size, _BLOCK_BYTES):
-            running.update(block)
-            size += len(block)
-    except PmmError as error:
-        return str(error)
-    if size != stored.size:
-        return f"{size} bytes, the record says {stored.size}"
-    return "" if running.hexdigest() == stored.sha256 else "its sha256 is not the recorded one"
+    return fragments.object_damage(store.medium, one, stored)
 
 
 def _lost_rows(store: Store, one: Fragment) -> tuple[tuple[str, ...], str]:
@@ -208,7 +295,7 @@ def info(store: Store) -> dict[str, Any]:
     found = store.fragments()
     takes = store.takes()
     return {
-        "path": str(store.path),
+        "path": store.where,
         "format": store.about["format"],
         "created": store.about.get("created", ""),
         "bytes": sum(one.bytes for one in found),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from sys import intern
 from typing import Any
 
 from pmm import BadInput
@@ -19,7 +20,7 @@ SAMPLE_BYTES = {"s8": 1, "s16": 2, "s24": 4, "s32": 4, "f32": 4, "f64": 8}
 """Sample formats and the bytes each takes where it is hashed: little-endian, s24 in an int32."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a store may list a million
 class Clip:
     """Audio, named by its content. ``start`` and ``end`` are samples of the file at ``rate`` Hz."""
 
@@ -76,7 +77,11 @@ def target_id(clip: Clip, data: bytes, template: bytes | None = None) -> str:
     return digest("target", fields, data, *([] if template is None else [template]))
 
 
-@dataclass(frozen=True)
+_COMMON = ("subject", "dataset", "gender", "language", "split")
+"""Attributes that many takes share: kept once in memory."""
+
+
+@dataclass(frozen=True, slots=True)
 class Take:
     """One performance: a clip, its target id (or None), the subject, and attributes of them.
 
@@ -122,16 +127,13 @@ class Take:
         """Raises BadInput if a field is missing or of another type, or the id does not follow from them."""
         try:
             clip = Clip(*(value[key] for key in ("clip", "rate", "channels", "start", "end")))
-            texts = {
-                key: value.get(key, "")
-                for key in ("subject", "dataset", "gender", "language", "text", "split", "source")
-            }
-            take = cls(clip, value["target"], **texts)
-            counts = (clip.rate, clip.channels, clip.start, clip.end)
-            if not all(isinstance(n, int) for n in counts) or not all(
-                isinstance(t, str) for t in texts.values()
-            ):
-                raise TypeError("a field has the wrong type")
+            common = {key: intern(value.get(key, "")) for key in _COMMON}
+            own = {key: value.get(key, "") for key in ("text", "source")}
+            take = cls(clip, value["target"], **common, **own)
+            if {type(clip.rate), type(clip.channels), type(clip.start), type(clip.end)} != {int}:
+                raise TypeError("a count is no whole number")
+            if {type(take.text), type(take.source)} != {str}:
+                raise TypeError("a text is none")
             if take.id != value["take"]:
                 raise ValueError("its id does not follow from its fields")
         except (KeyError, TypeError, ValueError) as error:

@@ -27,8 +27,11 @@ def canonical_json(value: Any) -> bytes:
     return _spelled(value)
 
 
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 def _spelled(value: Any) -> bytes:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    text = _ENCODER.encode(value)
     # A file name that is no UTF-8 reaches us with lone surrogates; backslashreplace spells one as
     # JSON does, \udcff.
     return text.encode("utf-8", "backslashreplace")
@@ -67,19 +70,38 @@ def unsealed(data: bytes, where: str) -> dict[str, Any]:
     return value
 
 
+_PLAIN = frozenset((type(None), bool, int, str))
+
+
 def _refuse_floats(value: Any) -> None:
-    if value is None or isinstance(value, bool | int | str):
+    if isinstance(value, bool | int | str | None):
         return
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):
                 raise TypeError(f"canonical JSON keys are strings, got {key!r}")
-            _refuse_floats(item)
+            if type(item) not in _PLAIN:
+                _refuse_floats(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            _refuse_floats(item)
+            if type(item) not in _PLAIN:
+                _refuse_floats(item)
     else:
         raise TypeError(f"canonical JSON holds no {type(value).__name__} ({value!r}); spell it as a string")
+
+
+def _pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(items)
+    if len(found) != len(items):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def _constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant)
 
 
 def strict_json(text: bytes | str, where: str) -> Any:
@@ -88,17 +110,10 @@ def strict_json(text: bytes | str, where: str) -> Any:
     Raises BadInput that names ``where`` the text came from.
     """
 
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) != len(items):
-            raise ValueError("a key stands twice")
-        return found
-
-    def constant(name: str) -> Any:
-        raise ValueError(f"{name} is not JSON")
-
     try:
-        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        if not isinstance(text, str):
+            text = text.decode(json.detect_encoding(text), "surrogatepass")
+        return _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{where} is not valid JSON ({error}); it was damaged or not written by pmm") from None
 

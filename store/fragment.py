@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -39,6 +40,7 @@ CHUNK_BYTES = 256 << 20
 RECORD_BYTES = 64 << 20
 """A record beyond this is not written, and not read either."""
 _HEAD_BYTES = 64 << 20
+_BLOCK_BYTES = 8 << 20
 _FOREIGN_BYTES = 1 << 30
 ID_BYTES = 32
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -104,15 +106,37 @@ class Fragment:
                 "format": FORMAT,
                 "state": "published",
                 "spec": self.spec_id,
-                "fragment": self.id,
-                "objects": [[one.path, one.size, one.sha256] for one in self.objects],
                 "rows": self.row_ids,
                 "lengths": self.lengths.tolist(),
-                "created": self.created,
-                "writer": dict(self.writer),
-                "made_with": dict(self.made_with),
+                **self.told(),
             }
         )
+
+    def told(self) -> dict[str, Any]:
+        """What the record says beside its rows and its place, as JSON."""
+        return {
+            "fragment": self.id,
+            "objects": [[one.path, one.size, one.sha256] for one in self.objects],
+            "created": self.created,
+            "writer": dict(self.writer),
+            "made_with": dict(self.made_with),
+        }
+
+    @classmethod
+    def from_told(
+        cls, told: Mapping[str, Any], spec_id: str, location: str, ids: Blob, lengths: np.ndarray
+    ) -> Fragment:
+        """The fragment of which ``told`` said this. Raises one of MALFORMED if it is none, or if it names
+        anything outside its own folder."""
+        if len(ids) != len(lengths) * ID_BYTES or lengths.ndim != 1 or not lengths.size or lengths.min() < 1:
+            raise ValueError("rows and lengths do not fit")
+        if not _ascending(ids):
+            raise ValueError("row ids are not ascending")
+        objects = tuple(_object(one) for one in told["objects"])
+        if told["fragment"] != fragment_id(spec_id, objects):
+            raise ValueError("its fragment id does not follow from its contents")
+        people = (str(told["created"]), dict(told["writer"]), dict(told["made_with"]))
+        return cls(spec_id, told["fragment"], location, ids, lengths, objects, *people)
 
     @classmethod
     def from_bytes(cls, data: Blob, spec_id: str, location: str, where: str) -> Fragment | None:
@@ -125,21 +149,15 @@ class Fragment:
             refuse_newer(value, where)
             if value["state"] != "published":
                 return None
-            objects = tuple(_object(one) for one in value["objects"])
+            if value["spec"] != spec_id:
+                raise ValueError("it is of another spec")
             ids = bytes.fromhex("".join(_hex64(row) for row in value["rows"]))
             lengths = np.array(value["lengths"], dtype=np.int64)
-            if lengths.shape != (len(value["rows"]),) or lengths.size == 0 or lengths.min() < 1:
-                raise ValueError("rows and lengths do not fit")
-            if not _ascending(ids):
-                raise ValueError("row ids are not ascending")
-            if value["spec"] != spec_id or value["fragment"] != fragment_id(spec_id, objects):
-                raise ValueError("its fragment id does not follow from its contents")
-            people = (str(value["created"]), dict(value["writer"]), dict(value["made_with"]))
+            return cls.from_told(value, spec_id, location, ids, lengths)
         except NewerFormat:
             raise
         except MALFORMED as error:
             raise StoreCorrupt(f"{where} is no record of a fragment ({error})") from None
-        return cls(spec_id, value["fragment"], location, ids, lengths, objects, *people)
 
 
 def refuse_newer(value: Mapping[str, Any], where: str) -> None:
@@ -180,9 +198,14 @@ def _hex64(text: str) -> str:
     return text
 
 
+@lru_cache(4096)  # the same few names in every record
+def _is_path(text: str) -> bool:
+    return all(NAME.fullmatch(name) for name in text.split("/"))
+
+
 def _object(value: Sequence[Any]) -> Object:
     path, size, sha256 = value
-    if not all(NAME.fullmatch(name) for name in path.split("/")):
+    if not _is_path(path):
         raise ValueError(f"{path[:80]!r} is no path within a fragment")
     if not isinstance(size, int) or not 0 <= size < 1 << 48:
         raise ValueError(f"{path} has the size {size!r}")
@@ -221,6 +244,31 @@ def write(
     contents += [(f"values/c/{n}{tail}", one) for n, one in enumerate(_chunks(arrays, chunk_rows))]
     objects = _write_all(medium, folder, contents)
     return Fragment(spec.id, fragment_id(spec.id, objects), location, ids, lengths, tuple(objects), **people)
+
+
+def copy(
+    source: Medium, fragment: Fragment, target: Medium, passed: Callable[[int], None] = lambda size: None
+) -> Fragment:
+    """Writes and syncs the objects of ``fragment`` at a new location of ``target``; nothing is visible yet.
+
+    Every byte is checked against the record on its way; ``passed`` hears of each block's size. Raises
+    StoreCorrupt or NotFound, and leaves nothing, where the source is not as its record says.
+    """
+    one = replace(fragment, location=uuid4().hex)
+    contents = ((it.path, _blocks(source, f"{fragment.folder}/{it.path}", passed)) for it in one.objects)
+    try:
+        _write_all(target, one.folder, contents, {it.path: it for it in one.objects})
+    except StoreCorrupt as error:
+        raise StoreCorrupt(f"{fragment.folder}: {error}") from None
+    return one
+
+
+def _blocks(medium: Medium, key: str, passed: Callable[[int], None]) -> Iterator[Buffer]:
+    start = 0
+    while block := medium.read(key, start, _BLOCK_BYTES):
+        yield block
+        start += len(block)
+        passed(len(block))
 
 
 def check(spec: FeatureSpec, rows: Sequence[tuple[str, np.ndarray]]) -> list[tuple[str, np.ndarray]]:
@@ -282,12 +330,17 @@ def _chunk(arrays: Sequence[np.ndarray], ends: np.ndarray, first: int, last: int
     yield bytes(max(0, last - int(ends[-1])) * arrays[0][0].nbytes)
 
 
-def _write_all(medium: Medium, folder: str, contents: Iterable[tuple[str, Iterable[Buffer]]]) -> list[Object]:
+def _write_all(
+    medium: Medium,
+    folder: str,
+    contents: Iterable[tuple[str, Iterable[Buffer]]],
+    expected: Mapping[str, Object] | None = None,
+) -> list[Object]:
     """Objects by path, on the disk. What was written is taken away again if the rest cannot be."""
     done: list[Object] = []
     try:
         for path, blocks in contents:
-            done.append(_write(medium, folder, path, blocks))
+            done.append(_write(medium, folder, path, blocks, expected[path] if expected else None))
         medium.sync(folder)
     except BaseException:  # also Ctrl-C: no record names this folder yet, and nobody else ever will
         for one in done:
@@ -297,8 +350,11 @@ def _write_all(medium: Medium, folder: str, contents: Iterable[tuple[str, Iterab
     return sorted(done, key=lambda one: one.path)
 
 
-def _write(medium: Medium, folder: str, path: str, blocks: Iterable[Buffer]) -> Object:
-    """Writes one object and hashes it on the way."""
+def _write(
+    medium: Medium, folder: str, path: str, blocks: Iterable[Buffer], expected: Object | None = None
+) -> Object:
+    """Writes one object and hashes it on the way. Raises StoreCorrupt if it is not the ``expected`` one,
+    before the medium has taken the last of it."""
     running, size = hashlib.sha256(), 0
 
     def passing() -> Iterator[Buffer]:
@@ -307,6 +363,8 @@ def _write(medium: Medium, folder: str, path: str, blocks: Iterable[Buffer]) -> 
             running.update(block)
             size += len(block)
             yield block
+        if expected and (size, running.hexdigest()) != (expected.size, expected.sha256):
+            raise StoreCorrupt(f"{path} was changed: its size or sha256 is not the record's")
 
     medium.write(f"{folder}/{path}", passing())
     return Object(path, size, running.hexdigest())
@@ -374,6 +432,17 @@ class Reader:
             )
         found.flags.writeable = False
         return found
+
+    def map(self) -> None:
+        """Maps every chunk now, so that its rows can be read whatever becomes of the files' names."""
+        if not self._foreign and not self._medium.safe:  # a foreign layout is in memory already
+            for index in range(len(self._keys)):
+                self._chunk(index)
+
+    @property
+    def sums(self) -> bytes:
+        """The sha256 of each clip's rows as they were written, 32 bytes each."""
+        return self._sums.tobytes()
 
     def sum_matches(self, index: int) -> bool:
         """Whether the rows of that clip are still those that were written."""
@@ -446,10 +515,21 @@ class Reader:
     def _mapped_rows(self, first: int, last: int) -> np.ndarray:
         size = self._chunk_rows
         parts = [
-            self._chunk(index)[max(0, first - index * size) : last - index * size]
+            self._part(index, max(0, first - index * size), min(size, last - index * size))
             for index in range(first // size, (last - 1) // size + 1)
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _part(self, index: int, first: int, last: int) -> np.ndarray:
+        """Rows of one chunk: mapped, or read where the medium had better not be mapped."""
+        if not self._medium.safe:
+            return self._chunk(index)[first:last]
+        row = self._chunk_bytes // self._chunk_rows
+        key = f"{self.fragment.folder}/{self._keys[index]}"
+        data = self._medium.read(key, first * row, (last - first) * row)
+        if len(data) != (last - first) * row:
+            raise StoreCorrupt(f"{key} was cut off; {_remedy}")
+        return np.frombuffer(data, dtype=self._dtype).reshape(-1, *self._shape[1:])
 
     def _chunk(self, index: int) -> np.ndarray:
         if index not in self._mapped:
@@ -475,6 +555,21 @@ class Reader:
         self._ids = np.asarray(group["clips"][:]).astype(np.uint8).tobytes()
         self._sums = np.asarray(group["sums"][:])
         self._values = lambda first, last: np.asarray(group["values"][first:last])
+
+
+def object_damage(medium: Medium, one: Fragment, stored: Object) -> str:
+    """Reads an object whole: why it is not the recorded one, in a line; empty if it is."""
+    key = f"{one.folder}/{stored.path}"
+    running, size = hashlib.sha256(), 0
+    try:
+        while block := medium.read(key, size, _BLOCK_BYTES):
+            running.update(block)
+            size += len(block)
+    except PmmError as error:
+        return str(error)
+    if size != stored.size:
+        return f"{size} bytes, the record says {stored.size}"
+    return "" if running.hexdigest() == stored.sha256 else "its sha256 is not the recorded one"
 
 
 _ARRAYS = ("values", "offsets", "clips", "sums")

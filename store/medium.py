@@ -13,6 +13,7 @@ import fcntl
 import mmap
 import os
 import re
+import resource
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,20 @@ from pmm import BadInput, NotFound, PmmError, StoreCorrupt
 Buffer = bytes | memoryview
 _KEY_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 _DRAFTS = "tmp"
+_NETWORK = (
+    "nfs",
+    "cifs",
+    "smb",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "glusterfs",
+    "fuse",
+    "9p",
+    "afs",
+    "virtiofs",
+)
 _SMALL = 1 << 16
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # no links, no waiting on a pipe
 
@@ -36,14 +51,21 @@ class MediumError(PmmError, OSError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One object: its key and its size in bytes."""
+    """One object: its key, its size in bytes, and when it was last written.
+
+    ``modified`` is in seconds by the clock of the medium itself, and compares only with that of
+    another object of the same medium: no clock of ours need agree with it.
+    """
 
     key: str
     size: int
+    modified: float
 
 
 class Medium(Protocol):
-    """Where a store lies."""
+    """Where a store lies. ``safe``: rows are read rather than mapped, as it may vanish under the map."""
+
+    safe: bool
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """Every object below ``prefix``, in no order. Foreign names, links and drafts are not shown."""
@@ -71,15 +93,39 @@ class Medium(Protocol):
         """Removes one object; it is no error if it is gone already."""
 
 
+def is_key(key: str) -> bool:
+    """Whether ``key`` can be a name of ours, and then only within the store."""
+    return all(_KEY_NAME.fullmatch(name) for name in key.split("/"))
+
+
 def check_key(key: str) -> str:
     """``key`` if it can only lie within the store. Raises BadInput."""
-    if not all(_KEY_NAME.fullmatch(name) for name in key.split("/")):
+    if not is_key(key):
         raise BadInput(f"{key!r} is no name within a store: only a-z 0-9 . _ - and / between names")
     return key
 
 
-def _nothing(operation: str, key: str) -> None:
+def nothing(operation: str, key: str) -> None:
     """What happens before an operation on the disk, unless a test asks for more."""
+
+
+def file_system(path: Path) -> str:
+    """The kind of file system ``path`` lies on; empty where the system does not tell."""
+    with contextlib.suppress(OSError):
+        mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+        above = [mount for mount in mounts if path.is_relative_to(_unescaped(mount[4]))]
+        nearest = max(above, key=lambda mount: len(mount[4]))
+        return nearest[nearest.index("-") + 1]
+    return ""
+
+
+def on_network(path: Path) -> bool:
+    return file_system(path).startswith(_NETWORK)
+
+
+def _unescaped(mount: str) -> str:
+    """A path as /proc spells it: blanks and backslashes as three octal digits."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), mount)
 
 
 def make_root(path: Path) -> None:
@@ -102,11 +148,14 @@ class LocalMedium:
 
     New folders take the mode of the root with its setgid bit, objects its read bits: what the
     umask of one writer would hide stays open to the team. ``before`` is called with the name of each
-    operation and its key before the disk is touched; recording and faults go there.
+    operation and its key before the disk is touched; recording and faults go there. ``safe`` is for
+    network disks, and taken for granted on those we know: what was mapped there ends the process
+    (SIGBUS) when the server is lost or somebody truncates a file.
     """
 
-    def __init__(self, root: Path, before: Callable[[str, str], None] = _nothing):
+    def __init__(self, root: Path, before: Callable[[str, str], None] = nothing, safe: bool | None = None):
         self.root = Path(os.path.realpath(root))
+        self.safe = on_network(self.root) if safe is None else safe
         self._before = before
 
     def list(self, prefix: str) -> Iterator[Entry]:
@@ -121,13 +170,14 @@ class LocalMedium:
             found = os.fstat(fd).st_size
             if found != size:
                 raise StoreCorrupt(f"{self.root / key} has {found} bytes, its record says {size}")
+            _leave_room(fd)
             return mmap.mmap(fd, size, access=mmap.ACCESS_READ)
 
     def write(self, key: str, blocks: Iterable[Buffer]) -> None:
         path = self._inside(key)
         self._folder(path.parent)
-        self._before("open", key)
         with self._told("write", key):
+            self._before("open", key)
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 self._fill(fd, key, blocks)
@@ -150,12 +200,14 @@ class LocalMedium:
         self._folder(final.parent)
         draft = f"{_DRAFTS}/{uuid4().hex}"
         self.write(draft, [data])
-        self._before("link", key)
         with self._told("create", key):
             try:
+                self._before("link", key)
                 os.link(self.root / draft, final)
             except FileExistsError:
                 data = self.read(key, 0, max(len(data), _SMALL) + 1)  # a longer one is another one anyway
+            except FileNotFoundError:  # `gc` took the draft for a dead writer's
+                return self.create(key, data)
             except OSError as error:
                 if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
                     raise
@@ -170,20 +222,24 @@ class LocalMedium:
         return data
 
     def delete(self, key: str) -> None:
-        self._before("delete", key)
+        path = self._inside(key)
         with self._told("delete", key), contextlib.suppress(FileNotFoundError):
-            os.unlink(self._inside(key))
+            self._before("delete", key)
+            os.unlink(path)
+        with contextlib.suppress(OSError):  # folders of one fragment go with their last object
+            for folder in list(path.relative_to(self.root).parents)[:-3]:
+                os.rmdir(self.root / folder)
 
     # -- below the verbs
 
     def _walk(self, folder: Path | str, prefix: str) -> Iterator[Entry]:
         try:
-            found = list(os.scandir(folder))
+            entries = list(os.scandir(folder))
         except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
             raise self._refused("list", prefix, error) from None
-        for entry in found:
+        for entry in entries:
             key = f"{prefix}/{entry.name}"
             if not _KEY_NAME.fullmatch(entry.name):
                 continue
@@ -191,7 +247,8 @@ class LocalMedium:
                 yield from self._walk(entry.path, key)
             elif entry.is_file(follow_symlinks=False):
                 with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
-                    yield Entry(key, entry.stat(follow_symlinks=False).st_size)
+                    found = entry.stat(follow_symlinks=False)
+                    yield Entry(key, found.st_size, found.st_mtime)
 
     def _inside(self, key: str) -> Path:
         """The path of ``key``. Raises StoreCorrupt if a link on the way leads elsewhere."""
@@ -211,8 +268,8 @@ class LocalMedium:
         self._folder(path.parent)
         key = str(path.relative_to(self.root))
         draft = path.parent / f".{uuid4().hex}"
-        self._before("mkdir", key)
         with self._told("make a folder at", key):
+            self._before("mkdir", key)
             os.mkdir(draft)
             try:
                 with contextlib.suppress(PermissionError):
@@ -281,10 +338,24 @@ class LocalMedium:
         return refused
 
 
+def _leave_room(fd: int) -> None:
+    """A mapping keeps its file open: before those run out, asks the system for as many again."""
+    next_free = os.dup(fd)  # about as many as are open
+    os.close(next_free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if next_free > soft - 64 and soft != hard:
+        most = 2 * soft if hard == resource.RLIM_INFINITY else min(2 * soft, hard)
+        with contextlib.suppress(OSError, ValueError):  # the mapping itself will tell
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def _write_all(fd: int, block: Buffer) -> None:
     view = memoryview(block).cast("B")
     while view:
-        view = view[os.write(fd, view) :]
+        written = os.write(fd, view)  # may come short, on a disk that fills or a signal
+        if not written:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        view = view[written:]
 
 
 def _pread(fd: int, start: int, length: int) -> bytes:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pmm import AlreadyThere, BadInput, NewerFormat, NotFound, PmmError, StoreCorrupt
 from pmm.store.care import info, verify
-from pmm.store.catalog import Failure, Store, _sheet
+from pmm.store.catalog import Failure, Store, sheet
 from pmm.store.clip import Take, lossless_clip
 from pmm.store.digest import canonical_json, sealed
 from pmm.store.feature import FeatureSpec
@@ -246,7 +246,7 @@ def test_whatever_a_stranger_seals_the_store_opens_and_says_what_is_wrong(folder
         store = Store.create(root)
         header = changed(VALID[folder])
         if folder in LINES:
-            key, spelled = f"{folder}/b.jsonl", _sheet(header, [changed(LINES[folder])])
+            key, spelled = f"{folder}/b.jsonl", sheet(header, [changed(LINES[folder])])
         else:
             key = f"{folder}/{AUDIO.id}.json"
             spelled = canonical_json(header) if folder == "specs" else sealed(header)
@@ -374,7 +374,7 @@ def publish(n, before):
 def create(n, before):
     path = root / str(n)
     path.mkdir()
-    LocalMedium.__init__.__defaults__ = (before,)
+    LocalMedium.__init__.__defaults__ = (before, None)
     Store.create(path)
 
 for n in range(1000):
@@ -494,8 +494,8 @@ def test_two_who_replace_the_same_listing_are_both_replaced_by_the_next(path):
     mine.publish_takes("d", [take(1)], HERE)
     (old,) = mine.listings()
     header = {"dataset": "d", "origin": HERE, "replaces": [old.name]}
-    mine._publish_sheet("datasets", header, [take(2).to_json()])
-    mine._publish_sheet("datasets", header, [take(3).to_json()])
+    mine.publish_sheet("datasets", header, [take(2).to_json()])
+    mine.publish_sheet("datasets", header, [take(3).to_json()])
     assert {seen.id for seen in mine.takes()} == {take(2).id, take(3).id}
     mine.publish_takes("d", [take(3)], HERE)
     assert {seen.id for seen in mine.takes()} == {take(3).id}
@@ -570,18 +570,30 @@ os.mkdir(path)
 os.chown(path, -1, team)
 os.chmod(path, 0o2775)
 spec = FeatureSpec("audio", "test/1", "float16", (5,), None, {})
-for turn, (user, umask) in enumerate([(54001, 0o077), (54002, 0o022), (54001, 0o077), (54002, 0o077)]):
+people = [(54001, 0o077), (54002, 0o022), (54001, 0o077), (54002, 0o077)]
+
+def start(turn):
     child = os.fork()  # before any thread runs; what a person without our rights can do
     if child == 0:
+        user, umask = people[turn % 4]
         os.setgroups([team])
         os.setgid(user)
         os.setuid(user)
         os.umask(umask)
         store = Store.open_or_create(path)
         store.publish(spec, [(f"{turn:02x}" * 32, np.full((4, 5), turn, np.float16))], {})
-        rows = [store.read(spec.id, row)[0, 0] for row in store.rows(spec.id)]
-        os._exit(0 if rows == list(range(turn + 1)) and verify(store).clean else 1)
-    assert os.waitpid(child, 0)[1] == 0, turn
+        store.publish_takes(f"of turn {turn}", [], {"host": "h", "root": str(turn), "layout": "livelink"})
+        seen = {row: store.read(spec.id, row)[0, 0] for row in store.rows(spec.id)}
+        right = all(row == f"{int(value):02x}" * 32 for row, value in seen.items())
+        os._exit(0 if right and len(seen) > min(turn, 3) and verify(store).clean else 1)
+    return child
+
+for turn in range(4):  # one after the other, then all at once
+    assert os.waitpid(start(turn), 0)[1] == 0, turn
+for child in [start(turn) for turn in range(4, 10)]:
+    assert os.waitpid(child, 0)[1] == 0
+store = Store.open(path)
+assert len(store.rows(spec.id)) == len(store.listings()) == 10 and verify(store).clean
 """
 
 

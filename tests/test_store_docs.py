@@ -58,7 +58,7 @@ def test_the_snippets_read_what_was_written(store, capsys):
 def test_the_tests_it_names_are_there():
     named = set(re.findall(r"`(test_\w+\.py)`", PAGE))
     assert named == {one for one in named if (Path(__file__).parent / one).exists()}
-    assert len(named) == 5
+    assert len(named) >= 7
 
 
 def test_a_seal_is_checked_as_the_page_says(store):

@@ -6,7 +6,7 @@ features, V vocabulary, K coefficients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from pmm import BadInput, NotFound
 from pmm.store import clock
+from pmm.store.cache import Fetched
 from pmm.store.catalog import Store
 from pmm.store.clip import Take
 from pmm.store.feature import MODALITIES, FeatureSpec
@@ -52,8 +53,8 @@ def _choose(store: Store, modality: str, fps: int, wanted: str, made_by: Mapping
     present.sort(key=lambda spec: (spec.fps or 0, spec.id))
     if not present:
         raise NotFound(
-            f"the store at {store.path} holds no {modality} features; "
-            f"`pmm precompute DATASET --store {store.path}` makes them"
+            f"the store at {store.where} holds no {modality} features; "
+            f"`pmm precompute DATASET --store {store.where}` makes them"
         )
     fitting = [spec for spec in present if spec.fps in (None, fps) and spec.id.startswith(wanted)]
     if len(fitting) == 1:
@@ -65,10 +66,10 @@ def _choose(store: Store, modality: str, fps: int, wanted: str, made_by: Mapping
     if not fitting:
         asked = f"{modality}={wanted} at {fps} fps" if wanted else f"{modality} features at {fps} fps"
         raise NotFound(
-            f"the store at {store.path} holds no {asked}, only {listed}; choose by --fps or --features"
+            f"the store at {store.where} holds no {asked}, only {listed}; choose by --fps or --features"
         )
     raise BadInput(
-        f"the store at {store.path} holds {len(fitting)} kinds of {modality} features: {listed}; "
+        f"the store at {store.where} holds {len(fitting)} kinds of {modality} features: {listed}; "
         f"choose one with --features {modality}={fitting[0].id[:12]}"
     )
 
@@ -152,6 +153,20 @@ class Corpus:
         )
 
 
+def fetch(
+    store: Store,
+    specs: Mapping[str, FeatureSpec],
+    takes: Iterable[Take],
+    on_event: Callable[[Fetched], None] | None = None,
+) -> None:
+    """Brings the features of ``takes`` to the local cache, where the store lies in a bucket.
+
+    Raises BadInput, before anything is fetched, where the cache is too small for them.
+    """
+    rows = ((spec.id, spec.row_id(take.clip.id, take.target)) for take in takes for spec in specs.values())
+    store.fetch([row for row in rows if store.has(*row)], on_event)
+
+
 def load(
     store: Store,
     specs: Mapping[str, FeatureSpec],
@@ -179,8 +194,9 @@ def load(
             skipped.append(Skipped(take.id, take.source or take.clip.id, found))
     if not kept:
         why = f"; the first: {skipped[0].source}: {skipped[0].reason}" if skipped else ""
-        raise BadInput(f"none of {len(performed)} takes in {store.path} can be used{why}")
+        raise BadInput(f"none of {len(performed)} takes in {store.where} can be used{why}")
     takes = [take for _, take in kept]
+    fetch(store, specs, takes)
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     features = {
         name: _flat(store, spec, takes, offsets, fps, image_rows)

@@ -25,21 +25,25 @@ from torch import Tensor
 
 import pmm
 from pmm import AlreadyThere, BadInput, NotFound
+from pmm.store.cache import Fetched
 from pmm.store.catalog import Store
 from pmm.store.clip import Take
 from pmm.store.digest import canonical_json, strict_json
 from pmm.store.feature import FeatureSpec
+from pmm.store.remote import is_address, place
 from pmm.store.rig import RIGS
 from pmm.train import checkpoint, data, protocols
 from pmm.train.checkpoint import FORMAT, State
 from pmm.train.data import Corpus, Skipped
 from pmm.train.heads import Heads, HeadsConfig, preset
-from pmm.train.loop import EpochDone, Event, Schedule, Started, StepDone, seed_of, train
+from pmm.train.loop import EpochDone, Schedule, Started, StepDone, seed_of, train
 from pmm.train.options import FitOptions, torch_device
 from pmm.train.predict import predict_heads
 
 CONFIG, METRICS, BEST, LAST = "config.json", "metrics.jsonl", "best.safetensors", "last.safetensors"
 MEAN_STYLE = "mean"
+
+Event = Fetched | Started | StepDone | EpochDone
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,8 @@ def _begin(store: Store, path: Path, options: FitOptions, tell: Callable[[Event]
     keywords = _head_keywords(options, specs)
     split = protocols.split(options.protocol, data.listed_takes(store), options.seed)
     rows = HeadsConfig(**keywords, styles=1).image_rows
+    wanted = [take for name in ("train", "validation") for takes in split[name].values() for take in takes]
+    data.fetch(store, specs, wanted, tell)
     parts = {
         name: data.load(store, specs, split[name], names, options.fps, rows)
         for name in ("train", "validation")
@@ -118,7 +124,7 @@ def _begin(store: Store, path: Path, options: FitOptions, tell: Callable[[Event]
         "heads": heads.config.to_json(),
         "names": list(names),
         "fps": options.fps,
-        "store": str(store.path.resolve()),
+        "store": store.where if is_address(store.where) else str(store.path.resolve()),
         "specs": {name: spec.to_json() for name, spec in specs.items()},
         "made_with": {name: _made_with(store, spec) for name, spec in specs.items()},
         "split": _used(split, parts),
@@ -202,7 +208,7 @@ def _go_on(store: Store, path: Path, options: FitOptions, tell: Callable[[Event]
             first = corpus.skipped[0]
             raise NotFound(
                 f"{len(corpus.skipped)} {name} takes of the run in {path} can no longer be used "
-                f"({first.source}: {first.reason}); restore them in {store.path}, or start a new run"
+                f"({first.source}: {first.reason}); restore them in {store.where}, or start a new run"
             )
     if not (path / LAST).exists():
         fresh = _new_heads(run.heads.config, parts["train"], run.options.seed, run.device)
@@ -321,7 +327,7 @@ class Run:
     styles: tuple[str, ...]
     mean: np.ndarray = field(repr=False)
     fps: int
-    store_path: Path
+    store_path: Path | str
     device: torch.device
 
     @property
@@ -345,7 +351,7 @@ class Run:
             styles=tuple(config["styles"]),
             mean=np.array(config["mean"], np.float32),
             fps=config["fps"],
-            store_path=Path(config["store"]),
+            store_path=place(config["store"]),
             device=device,
         )
 
@@ -391,7 +397,7 @@ def load_part(run: Run, store: Store, part: str) -> Corpus:
     if missing:
         raise NotFound(
             f"the {missing[0]} features {run.specs[missing[0]].id[:12]} that the run in {run.path} was "
-            f"fitted on are not in the store at {store.path}; name the store by --store, or precompute them"
+            f"fitted on are not in the store at {store.where}; name the store by --store, or precompute them"
         )
     people = {who: _takes(run, store, ids) for who, ids in run.config["split"][part].items()}
     return data.load(store, run.specs, people, run.names, run.fps, run.heads.config.image_rows)
@@ -403,7 +409,7 @@ def _takes(run: Run, store: Store, ids: Sequence[str]) -> list[Take]:
     if gone:
         raise NotFound(
             f"{len(gone)} takes of the run in {run.path} (the first {gone[0][:12]}) are not in the store at "
-            f"{store.path}; name the store it was fitted on by --store"
+            f"{store.where}; name the store it was fitted on by --store"
         )
     return [known[name] for name in ids]
 

@@ -49,6 +49,24 @@ def frames(samples: int, rate: int, fps: int) -> int:
     return (2 * samples * fps + rate) // (2 * rate)
 
 
+def frames_in(duration_seconds: float, fps: int) -> int:
+    """Video frames that a duration takes, rounded.
+
+    >>> frames_in(0.2, 30), frames_in(20, 60)
+    (6, 1200)
+    """
+    return round(duration_seconds * fps)
+
+
+def second_start(frame: int, fps: int) -> int:
+    """The last frame at a whole second that is not after ``frame``.
+
+    >>> second_start(59, 30), second_start(60, 30)
+    (30, 60)
+    """
+    return frame // fps * fps
+
+
 def resampled(samples: int, rate: int, to_rate: int = SPEECH_RATE) -> int:
     """Samples of the same clip at another rate, rounded halves up."""
     return frames(samples, rate, to_rate)

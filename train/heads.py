@@ -138,7 +138,7 @@ def preset(name: str, fps: int, **changes: Any) -> dict[str, Any]:
     """
     if name not in PRESETS:
         raise BadInput(f"preset {name!r} is none of {', '.join(PRESETS)}")
-    lookahead = clock.samples(LOOKAHEAD_SECONDS, fps)
+    lookahead = clock.frames_in(LOOKAHEAD_SECONDS, fps)
     given = {key: value for key, value in changes.items() if value is not None}
     return {"fps": fps, "lookahead": lookahead, **PRESETS[name], **given}
 

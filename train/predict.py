@@ -51,7 +51,7 @@ def predict_heads(
     parts = [np.zeros((0, config.coefficients), np.float32)]
     for start in range(0, total, chunk_frames):
         stop = min(start + chunk_frames, total)
-        first = max(0, start - heads.reach.past) // config.fps * config.fps
+        first = clock.second_start(max(0, start - heads.reach.past), config.fps)
         last = min(total, stop + heads.reach.future)
         window = _window(heads, features, first, last, style.device)
         valid = torch.ones(1, last - first, dtype=torch.bool, device=style.device)

@@ -328,7 +328,7 @@ class _PrecomputeProgress:
             _show_plan(event.plan, event.label)
             self.bar.unit, self.bar.desc = "s", "computing: "
             self.bar.reset(total=self.seconds)
-        elif kind in ("ClipDone", "ClipFailed"):
+        elif kind == "ClipDone":
             _reach(self.bar, self.bar.n + event.seconds, self.seconds)
 
 
@@ -528,7 +528,11 @@ def _score_table(scores: Scores) -> str:
     ]
     for key, name in names.items():
         lines.append(f"{name:<11}" + "".join(f"{scores.scores[key][metric]:11.5f}" for metric in metrics))
-    lines.append(f"LVE of the heads is {scores.ratio:.3f} of the mean face's")
+    lines.append(
+        "no motion to predict: the mean face is never wrong"
+        if scores.ratio is None
+        else f"LVE of the heads is {scores.ratio:.3f} of the mean face's"
+    )
     return "\n".join(lines)
 
 
@@ -561,9 +565,18 @@ def animate(
     """Turn the speech in AUDIO into facial animation: a Live Link Face CSV that Unreal reads."""
     from pmm.animate.speak import animate_file
 
-    model_set = _resolve(**models) if any(value is not None for value in models.values()) else None
+    named = models.pop("models")
+    replaced = {key: value for key, value in models.items() if value is not None}
     done = animate_file(
-        run_path, audio, out, style=style, models=model_set, device=device, picture=plot, captured=against
+        run_path,
+        audio,
+        out,
+        style=style,
+        models=None if named is None else _resolve(named),
+        replaced=replaced,
+        device=device,
+        picture=plot,
+        captured=against,
     )
     if as_json:
         _print_json(done.to_json())

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from pmm import AlreadyThere, BadInput, NewerFormat, NotFound
+from pmm.cli import _score_table
 from pmm.store import clock
 from pmm.store.catalog import Store
 from pmm.store.clip import Clip, Take
@@ -226,6 +227,28 @@ def test_fps_decides_between_specs_that_differ_in_it(tmp_path):
     assert specs_of(store)["image"] == IMAGE
     with pytest.raises(NotFound, match=r"holds no image features at 25 fps, only .* 30 fps\).* 60 fps\)"):
         data.choose_specs(store, 25)
+
+
+def test_a_lost_spec_file_is_one_line_or_no_matter(tmp_path):
+    """Rows that nothing describes are passed over; where only such are left, the way out is said."""
+    store = make_store(tmp_path / "store")
+    stray = FeatureSpec("audio", "made-up/2", "float16", (12,), None, {"weights": "b"})
+    take = store.takes()[0]
+    store.publish(stray, [(stray.row_id(take.clip.id, None), np.ones((5, 12), np.float16))], {})
+    (tmp_path / "store" / "specs" / f"{stray.id}.json").unlink()
+    assert specs_of(Store.open(tmp_path / "store"))["audio"] == AUDIO
+
+    (tmp_path / "store" / "specs" / f"{TEXT.id}.json").write_text("{")
+    torn = Store.open(tmp_path / "store")
+    with pytest.raises(NotFound) as caught:
+        fit(torn, tmp_path / "run", QUICK)
+    lost = min(stray.id, TEXT.id)
+    assert str(caught.value) == (
+        f"the store at {torn.where} holds no text features that can be told apart: specs/{lost}.json, which "
+        "describes some, is lost or damaged; run `pmm store verify --repair`, or "
+        f"`pmm precompute DATASET --store {torn.where}` to write it again"
+    )
+    assert not (tmp_path / "run").exists()
 
 
 # --- fit -------------------------------------------------------------------------------------------
@@ -540,6 +563,20 @@ def test_scores_are_pooled_over_frames_and_averaged_over_styles(store, fitted):
     assert value["lve_over_mean_face"] == pytest.approx(
         value["scores"]["heads"]["lve"] / value["scores"]["mean_face"]["lve"]
     )
+
+
+def test_captures_without_motion_are_scored(tmp_path):
+    """The mean face is exact there: nothing can be so many times as good."""
+
+    def still(take, rows):
+        return {**rows, "target": np.full_like(rows["target"], 0.25)}
+
+    store = make_store(tmp_path / "store", subjects=3, clips=1, change=still)
+    fit(store, tmp_path / "run", replace(QUICK, epochs=1))
+    scores = evaluate(load_run(tmp_path / "run"), store)
+    assert scores.scores["mean_face"]["lve"] == 0
+    assert json.loads(json.dumps(scores.to_json()))["lve_over_mean_face"] is None
+    assert _score_table(scores).splitlines()[-1] == "no motion to predict: the mean face is never wrong"
 
 
 def test_a_trained_subject_is_scored_in_its_own_style(store, fitted):

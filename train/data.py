@@ -51,6 +51,13 @@ def choose_specs(
 def _choose(store: Store, modality: str, fps: int, wanted: str, made_by: Mapping[str, str]) -> FeatureSpec:
     present = [store.specs[name] for name in made_by if store.specs[name].modality == modality]
     present.sort(key=lambda spec: (spec.fps or 0, spec.id))
+    lost = {one.spec_id for one in store.fragments()} - set(store.specs)
+    if not present and lost:
+        raise NotFound(
+            f"the store at {store.where} holds no {modality} features that can be told apart: "
+            f"specs/{min(lost)}.json, which describes some, is lost or damaged; run "
+            f"`pmm store verify --repair`, or `pmm precompute DATASET --store {store.where}` to write it again"
+        )
     if not present:
         raise NotFound(
             f"the store at {store.where} holds no {modality} features; "
@@ -75,9 +82,14 @@ def _choose(store: Store, modality: str, fps: int, wanted: str, made_by: Mapping
 
 
 def _labels(store: Store) -> dict[str, str]:
-    """What made the rows of each spec that has any: spec id to a name for people."""
+    """What made the rows of each spec that has any: spec id to a name for people.
+
+    Rows whose spec is lost or damaged are passed over: nothing says what they are.
+    """
     labels: dict[str, dict[str, None]] = {}
     for fragment in store.fragments():
+        if fragment.spec_id not in store.specs:
+            continue
         name = str(fragment.made_with.get("label") or store.specs[fragment.spec_id].algorithm)
         labels.setdefault(fragment.spec_id, {})[name] = None
     return {spec_id: " or ".join(names) for spec_id, names in labels.items()}

@@ -44,9 +44,13 @@ class Scores:
     skipped: tuple[Skipped, ...]
 
     @property
-    def ratio(self) -> float:
-        """LVE of the heads over LVE of the mean face: below 1, they have learnt something."""
-        return self.scores["heads"]["lve"] / self.scores["mean_face"]["lve"]
+    def ratio(self) -> float | None:
+        """LVE of the heads over LVE of the mean face: below 1, they have learnt something.
+
+        None where the mean face is never wrong: captures in which nothing moves.
+        """
+        still = self.scores["mean_face"]["lve"]
+        return self.scores["heads"]["lve"] / still if still else None
 
     def to_json(self) -> dict[str, Any]:
         return {

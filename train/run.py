@@ -399,12 +399,12 @@ def load_part(run: Run, store: Store, part: str) -> Corpus:
             f"the {missing[0]} features {run.specs[missing[0]].id[:12]} that the run in {run.path} was "
             f"fitted on are not in the store at {store.where}; name the store by --store, or precompute them"
         )
-    people = {who: _takes(run, store, ids) for who, ids in run.config["split"][part].items()}
+    known = {take.id: take for take in store.takes()}
+    people = {who: _takes(run, store, known, ids) for who, ids in run.config["split"][part].items()}
     return data.load(store, run.specs, people, run.names, run.fps, run.heads.config.image_rows)
 
 
-def _takes(run: Run, store: Store, ids: Sequence[str]) -> list[Take]:
-    known = {take.id: take for take in store.takes()}
+def _takes(run: Run, store: Store, known: Mapping[str, Take], ids: Sequence[str]) -> list[Take]:
     gone = [name for name in ids if name not in known]
     if gone:
         raise NotFound(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,10 @@ from pmm.store.rig import ARKIT52
 if TYPE_CHECKING:
     from pmm.precompute.models import FrozenModels, ModelSet
     from pmm.train.run import Run
+
+
+CSV_FPS = (30, 60)
+"""What a Live Link Face CSV can hold; curves at another rate are resampled to the greater."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ def animate_file(
     *,
     style: str = "mean",
     models: ModelSet | None = None,
+    replaced: Mapping[str, Any] | None = None,
     device: str = "auto",
     picture: Path | None = None,
     captured: Path | None = None,
@@ -64,6 +69,7 @@ def animate_file(
 
     style     a training subject, or "mean": the average of their style embeddings
     models    the frozen models; None for those the run was fitted with, where they lay then
+    replaced  fields of that ModelSet to replace: a checkpoint that has moved since, say
     captured  a Live Link Face CSV of the same speech, drawn beside the prediction
 
     Raises AlreadyThere if ``out`` or ``picture`` exists, and BadInput or NotFound for a run, audio,
@@ -74,20 +80,32 @@ def animate_file(
     from pmm.train.run import load_run
 
     _refuse_existing(out, picture)
+    if picture is not None and picture.suffix.lower() != ".png":
+        raise BadInput(f"{picture} is to be a picture, and pictures are written as .png; name it so")
     run = load_run(run_path, device)
     run.style_vector(style)
     clip = media.probe(audio)
     true = None if captured is None else _captured(captured, run.fps)
-    frozen = _frozen_models(run, models, device)
+    frozen = _frozen_models(run, models, replaced or {}, device)
     wave = media.decode(audio, clip)
     frames = clock.frames(clip.samples, clip.rate, run.fps)
     curves = speak(run, features(frozen, wave, frames), style, frames)
-    livelink.write(out, curves.values, names=curves.names, fps=curves.fps)
+    written = curves if curves.fps in CSV_FPS else resampled(curves, max(CSV_FPS))
+    livelink.write(out, written.values, names=written.names, fps=written.fps)
     if picture is not None:
         from pmm.animate.picture import draw
 
         draw(picture, wave, curves, true, f"{audio.name}, style {style}, {frozen.label}")
-    return Animated(out, frames, run.fps, clip.seconds, style, frozen.label)
+    return Animated(out, len(written.values), written.fps, clip.seconds, style, frozen.label)
+
+
+def resampled(curves: Curves, fps: int) -> Curves:
+    """The same curves at another frame rate, by linear interpolation; the last value is held."""
+    values = curves.values
+    times = clock.frame_times(clock.frames(len(values), curves.fps, fps), fps)
+    known = clock.frame_times(len(values), curves.fps)
+    columns = [np.interp(times, known, column) for column in values.T]
+    return Curves(curves.names, np.stack(columns, axis=1).astype(np.float32), fps)
 
 
 def features(models: FrozenModels, wave: np.ndarray, frames: int) -> dict[str, np.ndarray]:
@@ -120,21 +138,26 @@ def _captured(path: Path, fps: int) -> Curves:
     return Curves(ARKIT52, livelink.read_targets(path, fps).values, fps)
 
 
-def _frozen_models(run: Run, models: ModelSet | None, device: str) -> FrozenModels:
-    """The models ``run`` was fitted with; refused (BadInput) if their features are not the very same."""
-    from pmm.precompute.models import ModelSet, load
+def _recorded_models(run: Run) -> ModelSet:
+    """The models whose features ``run`` was fitted on, as its configuration names them."""
+    from pmm.precompute.models import ModelSet
 
-    if models is None:
-        made = [
-            one for name in run.specs if name != "target" for one in run.config["made_with"].get(name, [])
-        ]
-        try:
-            models = ModelSet(**next(one["models"] for one in made if "models" in one))
-        except (StopIteration, TypeError):
-            raise BadInput(
-                f"the run in {run.path} does not say which models made its features; name them by --models"
-            ) from None
-    frozen = load(models, fps=run.fps, device=device)
+    made = [one for name in run.specs if name != "target" for one in run.config["made_with"].get(name, [])]
+    try:
+        return ModelSet(**next(one["models"] for one in made if "models" in one))
+    except (StopIteration, TypeError):
+        raise BadInput(
+            f"the run in {run.path} does not say which models made its features; name them by --models"
+        ) from None
+
+
+def _frozen_models(
+    run: Run, models: ModelSet | None, replaced: Mapping[str, Any], device: str
+) -> FrozenModels:
+    """The models ``run`` was fitted with; refused (BadInput) if their features are not the very same."""
+    from pmm.precompute.models import load
+
+    frozen = load(replace(models or _recorded_models(run), **replaced), fps=run.fps, device=device)
     for name, spec in run.specs.items():
         if name != "target" and frozen.specs[name].id != spec.id:
             raise BadInput(

@@ -365,14 +365,29 @@ def _image_spec(tensors: dict[str, torch.Tensor], face: np.ndarray, fps: int, pr
     return FeatureSpec("image", lips.ALGORITHM, "uint8", shape, fps, settings)
 
 
+def _located(models: ModelSet) -> ModelSet:
+    """The same set with absolute paths: a run finds its models again from any folder."""
+
+    def located(name: str) -> str:
+        return str(Path(name).absolute()) if Path(name).exists() else name
+
+    return replace(
+        models,
+        audio_model=located(models.audio_model),
+        text_model=located(models.text_model),
+        lips=models.lips and located(models.lips),
+        face=located(models.face),
+    )
+
+
 def _description(
     models: ModelSet, specs: Mapping[str, FeatureSpec], fps: int, device: str, precision: str
 ) -> dict[str, Any]:
     from importlib.metadata import version
 
-    libraries = ("numpy", "torch", "transformers", "safetensors")
+    libraries = ("numpy", "torch", "transformers", "safetensors", "soundfile", "soxr", "av", "pillow")
     return {
-        "models": asdict(models),
+        "models": asdict(_located(models)),
         "label": label(models),
         "untrained stand-in": BUILTIN in (models.audio_model, models.text_model, models.lips),
         "weights": {modality: spec.settings["weights"] for modality, spec in specs.items()},

@@ -34,7 +34,8 @@ class Work:
     """One clip with at least one row to compute.
 
     ``features`` are the modalities of its audio that are missing, ``targets`` the sources whose
-    face track is missing (one clip may be listed under two subjects with two tracks).
+    face track is missing (one clip may be listed under two subjects with two tracks), and
+    ``other_takes`` says how many takes of the clip need none.
     """
 
     clip: Clip
@@ -42,6 +43,7 @@ class Work:
     source: str
     features: frozenset[str]
     targets: tuple[Source, ...]
+    other_takes: int
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,6 @@ class Plan:
     seconds: float
     shares: tuple[Share, ...]
     work: tuple[Work, ...]
-
-    @property
-    def missing_seconds(self) -> float:
-        """Seconds of audio that the frozen models have to hear."""
-        return sum(item.clip.seconds for item in self.work if item.features)
 
     @property
     def bytes(self) -> int:
@@ -151,8 +148,10 @@ def make_plan(
 def _work(group: Sequence[Source], missing: Mapping[str, set[str]]) -> Work:
     clip = group[0].take.clip
     features = frozenset(m for m, rows in missing.items() if m != "target" and clip.id in rows)
-    targets = {s.take.target: s for s in reversed(group) if s.take.target in missing.get("target", ())}
-    return Work(clip, group[0].audio, group[0].take.source, features, tuple(targets.values()))
+    lacking = [source for source in group if source.take.target in missing.get("target", ())]
+    targets = {source.take.target: source for source in reversed(lacking)}
+    others = len(group) - len(lacking)
+    return Work(clip, group[0].audio, group[0].take.source, features, tuple(targets.values()), others)
 
 
 def batches(work: Sequence[Work], batch_seconds: float) -> list[tuple[Work, ...]]:

@@ -22,7 +22,7 @@ from pmm.precompute.claims import Claims
 from pmm.precompute.datasets import find, livelink
 from pmm.precompute.identities import Identities, default_path
 from pmm.precompute.plan import Plan, Source, Work, batches, make_plan
-from pmm.precompute.survey import Probed, one_line, survey
+from pmm.precompute.survey import Probed, labelled, one_line, survey
 from pmm.store import clock, fragment
 from pmm.store.catalog import Failure, Store, is_there
 from pmm.store.clip import target_id
@@ -56,18 +56,11 @@ class Planned:
 
 @dataclass(frozen=True)
 class ClipDone:
-    """Event: one clip is computed (published with its fragment). ``seconds`` of audio."""
+    """Event: one clip of ``seconds`` is computed (published with its fragment), or set aside with why."""
 
     clip: str
     seconds: float
-
-
-@dataclass(frozen=True)
-class ClipFailed:
-    """Event: one clip was set aside."""
-
-    failure: Failure
-    seconds: float
+    failures: tuple[Failure, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,7 @@ class Published:
     bytes: int
 
 
-Event = Probed | Planned | ClipDone | ClipFailed | Published
+Event = Probed | Planned | ClipDone | Published
 
 
 @dataclass(frozen=True)
@@ -111,6 +104,10 @@ class Outcome:
         }
 
 
+TARGETS_MADE_WITH = {"reader": "Live Link Face CSV", "libraries": {"numpy": np.__version__}}
+"""Provenance of face tracks, which no model has touched."""
+
+
 class Outbox:
     """Rows waiting to be published, one fragment in the making per spec."""
 
@@ -122,12 +119,14 @@ class Outbox:
         self.fragments = 0
         self.bytes = 0
         self._waiting: dict[str, tuple[FeatureSpec, list[tuple[str, np.ndarray]]]] = {}
+        self._waiting_bytes: dict[str, int] = {}
         self._since = time.monotonic()
 
     def add(self, spec: FeatureSpec, row_id: str, values: np.ndarray) -> None:
         _, rows = self._waiting.setdefault(spec.id, (spec, []))
         rows.append((row_id, values))
-        if sum(array.nbytes for _, array in rows) >= self.limits.fragment_bytes:
+        self._waiting_bytes[spec.id] = self._waiting_bytes.get(spec.id, 0) + values.nbytes
+        if self._waiting_bytes[spec.id] >= self.limits.fragment_bytes:
             self._publish(spec.id)
 
     def tick(self) -> bool:
@@ -144,9 +143,9 @@ class Outbox:
 
     def _publish(self, spec_id: str) -> None:
         spec, rows = self._waiting[spec_id]
-        self.store.publish(spec, rows, self.made_with)
+        self.store.publish(spec, rows, TARGETS_MADE_WITH if spec.modality == "target" else self.made_with)
+        size = self._waiting_bytes.pop(spec_id)
         del self._waiting[spec_id]
-        size = sum(array.nbytes for _, array in rows)
         self.rows[spec.modality] = self.rows.get(spec.modality, 0) + len(rows)
         self.fragments += 1
         self.bytes += size
@@ -176,18 +175,24 @@ def precompute(
     from pmm.precompute.models import load
 
     founds = [(folder, find(folder, layout)) for folder in folders]
-    fresh = dry_run and not is_there(store_path)
-    store = None if fresh else Store.open_or_create(store_path)
+    there = is_there(store_path)
+    store = Store.open_or_create(store_path) if there else None
     frozen = load(models, fps=fps, device=device)
+    if store is None and not dry_run:
+        store = Store.create(store_path)
     with Identities(default_path(), fresh=rehash) as identities:
         seen = survey(founds, on_event, identities)
     specs = {**frozen.specs, "target": livelink.target_spec(fps)}
     if store is not None:
         store.refresh()
+        seen = labelled(seen, store.listings())
     plan = make_plan(seen.sources, specs, lambda spec, row: store is not None and store.has(spec, row))
     on_event(Planned(plan, frozen.label))
     if dry_run or store is None:
         return plan, None
+    for share in plan.shares:
+        if share.cached:
+            store.publish_spec(share.spec)  # a copy of the store may have lost it
     for listing in seen.listings:
         store.publish_takes(listing.dataset, [source.take for source in listing.sources], listing.origin)
     return plan, execute(plan, store, frozen, seen.failures, limits, on_event)
@@ -316,22 +321,21 @@ class _Run:
         return []
 
     def batch(self, batch: Sequence[Work], waves: Decoded) -> None:
-        """One batch: face tracks first (cheap; a bad one saves its clip the models), then the models."""
+        """One batch: face tracks first (cheap; where all are bad, the models need not hear the clip)."""
         batch = [fresh for item in batch if (fresh := self._still_missing(item))]
-        failed: dict[str, Failure] = {}
+        failed: dict[str, list[Failure]] = {item.clip.id: self._targets(item) for item in batch}
+        heard = [
+            item
+            for item in batch
+            if item.features
+            and (item.other_takes or not item.targets or len(failed[item.clip.id]) < len(item.targets))
+        ]
+        for clip_id, failure in self._features(heard, waves).items():
+            failed[clip_id].append(failure)
         for item in batch:
-            for source in item.targets:
-                if (failure := self._target(item, source)) is not None:
-                    failed[item.clip.id] = failure
-        heard = [item for item in batch if item.features and item.clip.id not in failed]
-        failed.update(self._features(heard, waves))
-        for item in batch:
-            if (failure := failed.get(item.clip.id)) is None:
-                self.clips += 1
-                self.on_event(ClipDone(item.clip.id, item.clip.seconds))
-            else:
-                self.failures.append(failure)
-                self.on_event(ClipFailed(failure, item.clip.seconds))
+            self.failures += failed[item.clip.id]
+            self.clips += not failed[item.clip.id]
+            self.on_event(ClipDone(item.clip.id, item.clip.seconds, tuple(failed[item.clip.id])))
 
     def _still_missing(self, item: Work) -> Work | None:
         """The part of ``item`` that no other writer has published since the plan was made."""
@@ -339,6 +343,9 @@ class _Run:
         features = frozenset(m for m in item.features if not has(self.specs[m].id, item.clip.id))
         targets = tuple(s for s in item.targets if not has(self.specs["target"].id, s.take.target or ""))
         return replace(item, features=features, targets=targets) if features or targets else None
+
+    def _targets(self, item: Work) -> list[Failure]:
+        return [failure for source in item.targets if (failure := self._target(item, source)) is not None]
 
     def _target(self, item: Work, source: Source) -> Failure | None:
         spec = self.specs["target"]

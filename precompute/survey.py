@@ -7,9 +7,9 @@ import itertools
 import json
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pmm import PmmError
@@ -19,7 +19,11 @@ from pmm.precompute.datasets.livelink import read_bytes
 from pmm.precompute.identities import Identities, stamp
 from pmm.precompute.plan import Source
 from pmm.store.catalog import Failure
+from pmm.store.catalog import Listing as Listed
 from pmm.store.clip import Clip, Take, target_id
+
+_CLIP = "clip/2"
+"""What clip identities are cached as; another number whenever their rule changes."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,10 @@ class Listing:
     dataset: str
     origin: Mapping[str, str]
     sources: tuple[Source, ...]
+
+    @property
+    def takes(self) -> tuple[Take, ...]:
+        return tuple(source.take for source in self.sources)
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,35 @@ def survey(
     return Survey(tuple(listings), tuple(failures))
 
 
+def labelled(seen: Survey, known: Sequence[Listed]) -> Survey:
+    """The survey with a label for each folder that keeps apart what a store already lists.
+
+    A folder listed before keeps its label. A folder of the same name as another one's label, with no
+    clip in common, holds other people: it goes by its parent's name too.
+    """
+    done: list[Listing] = []
+    for one in seen.listings:
+        listed: list[Listed | Listing] = [*known, *done]
+        others = [old for old in listed if dict(old.origin) != dict(one.origin)]
+        before = [old.dataset for old in known if dict(old.origin) == dict(one.origin)]
+        parent = Path(one.origin["root"]).parent.name
+        names = itertools.chain(before, (one.dataset, f"{parent}/{one.dataset}"), _numbered(one.dataset))
+        label = next(name for name in names if name in before or not _rivals(name, one, others))
+        sources = [replace(source, take=replace(source.take, dataset=label)) for source in one.sources]
+        done.append(Listing(label, one.origin, tuple(sources)))
+    return replace(seen, listings=tuple(done))
+
+
+def _rivals(name: str, one: Listing, others: Sequence[Listed | Listing]) -> bool:
+    """Whether ``name`` stands for a folder that has no clip in common with this one."""
+    clips = {take.clip.id for take in one.takes}
+    return any(old.dataset == name and clips.isdisjoint(take.clip.id for take in old.takes) for old in others)
+
+
+def _numbered(name: str) -> Iterator[str]:
+    return (f"{name} {number}" for number in itertools.count(2))
+
+
 Named = tuple[Clip, str | None]
 """A recording's clip and the id of its target."""
 
@@ -101,7 +138,7 @@ class _Asked:
     @classmethod
     def of(cls, recording: Recording, identities: Identities) -> _Asked:
         seen = stamp(recording.audio)
-        known = identities.get(recording.audio, "clip", seen)
+        known = identities.get(recording.audio, _CLIP, seen)
         clip = None if known is None else Clip(**json.loads(known))
         target_seen = stamp(recording.target) if recording.target else None
         if clip is None or recording.target is None:
@@ -117,7 +154,7 @@ class _Asked:
     def keep(self, named: Named, identities: Identities) -> None:
         clip, target = named
         if self.clip is None:
-            identities.put(self.recording.audio, "clip", self.audio_stamp, json.dumps(asdict(clip)))
+            identities.put(self.recording.audio, _CLIP, self.audio_stamp, json.dumps(asdict(clip)))
         if self.target is None and self.recording.target is not None and target is not None:
             identities.put(self.recording.target, f"target of {clip.id}", self.target_stamp, target)
 

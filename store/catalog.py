@@ -330,7 +330,7 @@ class Store:
                 if attempt + 1 == _ATTEMPTS:
                     raise
                 continue
-            self._publish_spec(spec)
+            self.publish_spec(spec)
             data = one.to_bytes()
             found = self.medium.create(one.record, data)
             if found == data:
@@ -343,7 +343,8 @@ class Store:
             # `gc` took us for dead and left "abandoned" there: once more, under another name.
         raise StoreCorrupt(f"{_ATTEMPTS} fragments in a row were abandoned by `gc` while being written")
 
-    def _publish_spec(self, spec: FeatureSpec) -> None:
+    def publish_spec(self, spec: FeatureSpec) -> None:
+        """Writes the spec down, unless it stands there: ``publish`` does, and whoever finds one missing."""
         key = f"specs/{spec.id}.json"
         if key in self._specs.items:
             return

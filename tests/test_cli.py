@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from PIL import Image
 
 from pmm.precompute.datasets import livelink
 from pmm.store.catalog import Store
@@ -200,6 +201,43 @@ def test_animate_refuses_models_the_heads_do_not_know(
     assert "makes audio features" in done.complaint
     done = pmm("animate", fitted / "run", wav, "-o", tmp_path / "a.csv", "--models", "huge")
     assert done.complaint == "model set 'huge' is none of tiny, paper, paper-en, nor a .toml file of your own"
+
+
+def test_animate_replaces_one_part_of_the_models_the_run_was_fitted_with(
+    pmm: Run, fitted: Path, wav: Path, tmp_path: Path
+) -> None:
+    assert pmm("animate", fitted / "run", wav, "-o", tmp_path / "a.csv", "--face", "builtin").code == 0
+    Image.new("RGB", (96, 96), "white").save(tmp_path / "white.png")
+    done = pmm("animate", fitted / "run", wav, "-o", tmp_path / "b.csv", "--face", tmp_path / "white.png")
+    assert done.code == 1
+    assert "makes image features" in done.complaint
+
+
+def test_a_run_at_25_fps_from_any_folder_is_written_at_60(
+    pmm: Run, fitted: Path, wav: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (96, 96), "white").save(tmp_path / "face.png")
+    monkeypatch.chdir(tmp_path)
+    for args in (
+        ("precompute", fitted / "captures", "--store", "store", "--fps", 25, "--face", "face.png"),
+        ("fit", "store", "--run", "run", "--fps", 25, "--epochs", 1),
+    ):
+        assert pmm(*args).code == 0
+    monkeypatch.chdir(fitted)  # where there is no face.png
+    out = tmp_path / "line.csv"
+    assert pmm("animate", tmp_path / "run", wav, "-o", out).code == 0
+    track = livelink.read_targets(out, 60)
+    assert track.native_fps == pytest.approx(60)
+    assert abs(track.seconds - soundfile.info(wav).duration) <= 1 / 25
+
+
+def test_a_picture_is_refused_before_anything_is_written(
+    pmm: Run, fitted: Path, wav: Path, tmp_path: Path
+) -> None:
+    done = pmm("animate", fitted / "run", wav, "-o", tmp_path / "a.csv", "--plot", tmp_path / "a.jpgx")
+    assert done.code == 1
+    assert "written as .png" in done.complaint
+    assert not (tmp_path / "a.csv").exists()
 
 
 # ---------------------------------------------------------------- store

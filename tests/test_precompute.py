@@ -18,6 +18,8 @@ from PIL import Image
 
 from pmm.store.catalog import Store
 
+from .conftest import write_take
+
 Run = Callable[..., Any]
 
 
@@ -335,3 +337,91 @@ def test_mistyped_commands_are_usage_errors(pmm: Run) -> None:
         done = pmm(*args)
         assert done.code == 2
         assert "--help" in done.complaint
+
+
+# ---------------------------------------------------------------- who is who, and what stands beside it
+
+
+def test_one_bad_face_track_does_not_stop_the_other_take_of_its_clip(
+    pmm: Run, captures: Path, tmp_path: Path
+) -> None:
+    for name in ("cyd", "dan"):  # the very sound of ada's take_0, with tracks of their own
+        shutil.copytree(captures / "ada" / "take_0", captures / name / "take_0")
+        for path in (captures / name / "take_0").iterdir():
+            path.rename(path.with_name(path.name.replace("ada", name)))
+    spoil_csv(captures / "cyd" / "take_0" / "take_0_cyd.csv", "text")
+    spoil_csv(captures / "dan" / "take_0" / "take_0_dan.csv", "nan")
+    done = pmm("precompute", captures, "--store", tmp_path / "store")
+    assert done.code == 3
+    failed = [line for line in done.err.splitlines() if line.startswith("pmm: failed: ")]
+    assert sorted("cyd" in line or "dan" in line for line in failed) == [True, True]
+    store = Store.open(tmp_path / "store")
+    assert {spec.modality: len(store.rows(n)) for n, spec in store.specs.items()} == {
+        "audio": 4,
+        "text": 4,
+        "image": 4,
+        "target": 4,
+    }
+
+
+def test_folders_of_one_name_with_other_people_are_two_datasets(
+    pmm: Run, captures: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "studio b" / "captures"
+    write_take(other, "ada", "take_9", 1.1, 99)  # another ada
+    store = tmp_path / "store"
+    for _ in range(2):  # and the same labels the second time
+        assert pmm("precompute", captures, other, "--store", store).code == 0
+        takes = Store.open(store).takes()
+        assert {(take.dataset, take.subject) for take in takes} == {
+            ("captures", "ada"),
+            ("captures", "bob"),
+            ("studio b/captures", "ada"),
+        }
+    shutil.copytree(captures, tmp_path / "copy" / "captures")  # the same clips: the same people
+    assert pmm("precompute", tmp_path / "copy" / "captures", "--store", store).code == 0
+    assert len(Store.open(store).takes()) == 5
+
+
+def test_models_that_cannot_be_had_leave_no_store_behind(pmm: Run, captures: Path, tmp_path: Path) -> None:
+    done = pmm("precompute", captures, "--store", tmp_path / "store", "--models", "paper")
+    assert done.code == 1
+    assert "non-commercial" in done.complaint
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_dry_run_writes_nothing(pmm: Run, captures: Path, tmp_path: Path) -> None:
+    done = pmm("precompute", captures, "--store", tmp_path / "store", "--dry-run")
+    assert (done.code, done.out.startswith("dry run: nothing computed")) == (0, True)
+    assert not (tmp_path / "store").exists()
+
+
+def test_an_interrupt_in_the_middle_publishes_the_clips_that_are_done(captures: Path, tmp_path: Path) -> None:
+    from pmm.precompute.models import resolve
+    from pmm.precompute.run import ClipDone, Limits, precompute
+
+    def stop(event: object) -> None:
+        if isinstance(event, ClipDone):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        precompute([captures], tmp_path / "store", resolve("tiny"), limits=Limits(1.0), on_event=stop)
+    assert sorted(published(tmp_path / "store").values()) == [1, 1, 1, 1]  # one clip, four features
+
+
+def test_a_lost_spec_file_is_written_again(pmm: Run, captures: Path, filled: Path) -> None:
+    lost = next(filled.glob("specs/*.json"))
+    kept = lost.read_bytes()
+    lost.unlink()
+    assert pmm("precompute", captures, "--store", filled).code == 0
+    assert lost.read_bytes() == kept
+
+
+def test_damage_is_found_set_aside_and_computed_again(pmm: Run, captures: Path, filled: Path) -> None:
+    payload = max(filled.glob("fragments/*/*/values/c/**/*"), key=lambda path: path.stat().st_size)
+    payload.chmod(0o644)
+    payload.write_bytes(payload.read_bytes()[:-1])
+    assert pmm("store", "verify", filled).code == 3
+    pmm("store", "verify", filled, "--repair")
+    assert missing(precompute(pmm, captures, filled)) == {**ALL_HIT, "image": 4}
+    assert missing(precompute(pmm, captures, filled)) == ALL_HIT

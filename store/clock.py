@@ -40,6 +40,11 @@ def samples(duration_seconds: float, rate: int) -> int:
     return round(duration_seconds * rate)
 
 
+def minutes(duration_minutes: float) -> float:
+    """Minutes as seconds."""
+    return duration_minutes * 60
+
+
 def frames(samples: int, rate: int, fps: int) -> int:
     """T: video frames in a clip, ``round(samples / rate * fps)``, halves up, in integers.
 
@@ -134,6 +139,15 @@ TICKS_PER_SECOND = TIMECODE_FRAMES_PER_SECOND * TICKS_PER_FRAME
 TICKS_PER_DAY = 24 * 3600 * TICKS_PER_SECOND
 
 
+def ticks(milliseconds: int) -> int:
+    """Milliseconds as ticks, exactly.
+
+    >>> ticks(100), ticks(1)
+    (6000, 60)
+    """
+    return milliseconds * TICKS_PER_SECOND // 1000
+
+
 def timecode_ticks(
     hours: np.ndarray,
     minutes: np.ndarray,
@@ -163,6 +177,11 @@ def export_ticks(row_count: int, fps: int) -> np.ndarray:
     return np.arange(row_count, dtype=np.int64) * (TICKS_PER_SECOND // fps)
 
 
+def device_rate(fps: int, at_60: float) -> float:
+    """Hz of a device set to ``fps`` whose clock makes ``at_60`` Hz of 60."""
+    return fps * at_60 / TIMECODE_FRAMES_PER_SECOND
+
+
 def device_rows(duration_seconds: float, device_hz: float) -> int:
     """Rows that a device at ``device_hz`` (59.9 or so) writes in that time, at least 2."""
     return max(2, round(duration_seconds * device_hz))
@@ -176,6 +195,16 @@ def device_times(row_count: int, device_hz: float) -> np.ndarray:
 def device_ticks(row_count: int, device_hz: float) -> np.ndarray:
     """Ticks of those rows, as far as a time code holds them: (row_count,) int64."""
     return np.rint(device_times(row_count, device_hz) * TICKS_PER_SECOND).astype(np.int64)
+
+
+def half_periods(times: np.ndarray, hz: float) -> np.ndarray:
+    """Half periods of ``hz`` passed since the first of ``times`` in seconds: float64 of their shape."""
+    return (times - times[0]) * 2 * hz
+
+
+def spacing(times: np.ndarray) -> float:
+    """Mean seconds from one of ``times`` (N,) to the next; 0 if there is but one."""
+    return float((times[-1] - times[0]) / max(1, len(times) - 1))
 
 
 def track_ticks(ticks: np.ndarray) -> int:

@@ -200,6 +200,17 @@ def test_clock_counts_in_integers():
     assert clock.resampled(44100, 44100) == 16000
     assert clock.samples(0.1, 16000) == 1600
     assert clock.seconds(8000, 16000) == 0.5
+    assert clock.minutes(1.5) == 90
+    assert [clock.ticks(n) for n in (1, 100)] == [60, 6000]
+    assert clock.ticks(1000) == clock.TICKS_PER_SECOND
+    assert clock.device_rate(30, 59.9) == pytest.approx(29.95)
+
+
+def test_clock_counts_along_times():
+    times = 7 + clock.device_times(601, 60)
+    assert clock.spacing(times) == pytest.approx(1 / 60)
+    assert clock.spacing(times[:1]) == 0
+    assert clock.half_periods(times, 0.5)[[0, 300, 600]].tolist() == pytest.approx([0, 5, 10])
 
 
 def test_clock_places_frames_on_steps():

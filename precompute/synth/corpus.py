@@ -107,7 +107,7 @@ class Summary:
 
 def plan(spec: CorpusSpec) -> tuple[PlannedTake, ...]:
     """Every take of the corpus, speaker by speaker; pure, and a function of ``spec`` alone."""
-    share = spec.minutes * 60 / spec.subjects
+    share = clock.minutes(spec.minutes) / spec.subjects
     takes: list[PlannedTake] = []
     owed = 0.0
     for index in range(spec.subjects):
@@ -142,7 +142,7 @@ def _speaker(spec: CorpusSpec, index: int) -> Speaker:
         pitch=int(rng.integers(35, 66)),
         pitch_range=int(rng.integers(35, 66)),
         level=float(rng.uniform(0.5, 0.95)),
-        device_hz=spec.fps * float(rng.uniform(59.90, 59.97)) / 60,
+        device_hz=clock.device_rate(spec.fps, float(rng.uniform(59.90, 59.97))),
         face=Face(
             gain=float(rng.uniform(0.9, 1.2)),
             jaw_gain=float(rng.uniform(0.85, 1.2)),

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pmm.precompute.synth.phonemes import CHANNELS, GROUPS, SHAPES, Segment
+from pmm.store import clock
 from pmm.store.rig import ARKIT52
 
 LEAD_SECONDS = 0.1
@@ -208,9 +209,10 @@ def _rotations(times: np.ndarray, face: Face, rng: np.random.Generator) -> np.nd
 
 def _hum(times: np.ndarray, hz: float, rng: np.random.Generator) -> np.ndarray:
     """(N,) smooth noise of unit variance with periods down to about 1 / ``hz`` seconds."""
-    knots = 4 + int((times[-1] - times[0]) * 2 * hz)
+    passed = clock.half_periods(times, hz)
+    knots = 4 + int(passed[-1])
     values = rng.normal(0, 1.2, knots)
-    position = np.clip((times - times[0]) * 2 * hz, 0, knots - 4) + 1
+    position = np.clip(passed, 0, knots - 4) + 1
     below = np.minimum(position.astype(np.int64), knots - 3)
     x = position - below
     a, b, c, d = (values[below + offset] for offset in (-1, 0, 1, 2))
@@ -220,7 +222,7 @@ def _hum(times: np.ndarray, hz: float, rng: np.random.Generator) -> np.ndarray:
 
 def _smooth(curve: np.ndarray, times: np.ndarray, sigma: float = 0.012) -> np.ndarray:
     """Gaussian of ``sigma`` seconds over evenly spaced rows; rounds off the cusps of the exponentials."""
-    step = (times[-1] - times[0]) / max(1, len(times) - 1)
+    step = clock.spacing(times)
     reach = max(1, int(3 * sigma / step))
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) * step / sigma) ** 2)
     return np.convolve(np.pad(curve, reach, mode="edge"), kernel / kernel.sum(), mode="valid")

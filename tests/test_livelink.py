@@ -402,12 +402,141 @@ def test_an_unreadable_folder_is_listed(tmp_path):
     assert found.refused == ((tmp_path / "b", "cannot be listed (Permission denied)"),)
 
 
-@pytest.mark.parametrize("text", ["name,age\nbob,3\n", "subject,gender\nbob,male\nbob,male\n"])
-def test_a_broken_subjects_table_is_refused(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "name,age\nbob,3\n",
+            "row 1 has no column subject (it is 'name, age'); expected subject,gender,language,split",
+        ),
+        ("", "row 1 has no column subject (it is ''); expected subject,gender,language,split"),
+        (
+            "subject,gender\nbob,male\n\nbob,male\n",
+            "row 4: subject 'bob' stands in row 2 already; keep one",
+        ),
+        ("subject;gender\nbob;male\n;male\n", "row 3 has no subject; name one or delete the row"),
+        ("subject,gender\n,\n", "no rows under the header; name the subjects, or take the file away"),
+    ],
+)
+def test_a_broken_subjects_table_is_refused_with_its_row(tmp_path, text, message):
     take(tmp_path / "bob" / "t", "t_bob")
     (tmp_path / "subjects.csv").write_text(text)
-    with pytest.raises(BadInput, match=r"subjects\.csv: a row without a subject, or a subject twice"):
+    with pytest.raises(BadInput) as caught:
         datasets.find(tmp_path)
+    assert str(caught.value) == f"{tmp_path / 'subjects.csv'}: {message}"
+
+
+def test_a_subjects_table_in_the_encoding_of_old_windows_is_refused(tmp_path):
+    take(tmp_path / "t", "t_bob")
+    (tmp_path / "subjects.csv").write_bytes("subject\nZoë\n".encode("cp1252"))
+    with pytest.raises(BadInput, match=r"subjects\.csv: cannot be read .*; expected a CSV in UTF-8"):
+        datasets.find(tmp_path)
+
+
+def test_a_subjects_table_as_a_spreadsheet_writes_it(tmp_path):
+    take(tmp_path, "t_bob")
+    table = "Split; Subject ;GENDER;Language\r\ntest; bob ;male;en\r\n;;;\r\n"
+    (tmp_path / "Subjects.csv").write_bytes(b"\xef\xbb\xbf" + table.encode())
+    (found,) = datasets.find(tmp_path).recordings
+    assert (found.subject, found.gender, found.language, found.split) == ("bob", "male", "en", "test")
+
+
+# --- who it is ------------------------------------------------------------------------------------
+
+
+def subjects(folder: Path, *who: str) -> None:
+    (folder / "subjects.csv").write_text("subject,gender\n" + "".join(f"{name},\n" for name in who))
+
+
+def found_subjects(folder: Path) -> dict[str, str]:
+    return {r.name: r.subject for r in datasets.find(folder).recordings}
+
+
+def test_a_folder_named_in_the_table_says_who_whatever_the_file_is_called(tmp_path):
+    subjects(tmp_path, "P01", "P02", "P03")
+    take(tmp_path / "P01", "scene_0_happy")
+    take(tmp_path / "P02", "scene_0_happy")
+    take(tmp_path / "P02" / "day one" / "scene_1", "scene_1_sad")
+    take(tmp_path / "session" / "P03", "hello")
+    take(tmp_path / "P01" / "as" / "P02", "x")
+    found = datasets.find(tmp_path)
+    assert found.refused == ()
+    assert {r.name: r.subject for r in found.recordings} == {
+        "P01/as/P02/x": "P02",
+        "P01/scene_0_happy": "P01",
+        "P02/day one/scene_1/scene_1_sad": "P02",
+        "P02/scene_0_happy": "P02",
+        "session/P03/hello": "P03",
+    }
+
+
+def test_the_files_own_ending_comes_before_its_folders_and_the_longest_name_wins(tmp_path):
+    subjects(tmp_path, "x", "ann_x", "bob")
+    take(tmp_path / "bob", "S_1_ann_x")
+    take(tmp_path, "bob")
+    assert found_subjects(tmp_path) == {"bob/S_1_ann_x": "ann_x", "bob": "bob"}
+
+
+def test_a_subject_that_the_table_does_not_know_is_refused(tmp_path):
+    subjects(tmp_path, "P01")
+    take(tmp_path / "P01", "scene_0_happy")
+    take(tmp_path / "P1", "scene_0_happy")
+    take(tmp_path / "takes" / "P9", "one_P9")
+    take(tmp_path / "more", "hello")
+    found = datasets.find(tmp_path)
+    assert [r.name for r in found.recordings] == ["P01/scene_0_happy"]
+    rest = (
+        " is not in subjects.csv; add a row for it there, or end the file's name or name a folder above it "
+        "with a subject of that table"
+    )
+    assert found.refused == (
+        (tmp_path / "P1" / "scene_0_happy.csv", f"its subject 'happy'{rest}"),
+        (tmp_path / "more" / "hello.csv", f"its subject 'more'{rest}"),
+        (tmp_path / "takes" / "P9" / "one_P9.csv", f"its subject 'P9'{rest}"),
+    )
+
+
+def test_without_a_table_names_are_read_as_the_app_and_people_write_them(tmp_path):
+    take(tmp_path / "ann" / "day 1", "hello")
+    take(tmp_path / "bob" / "day 1", "hello")
+    take(tmp_path / "ann_x" / "take001", "S_1_ann_x")
+    take(tmp_path / "20240131_S_1", "S_1_Ada_s_iPhone")
+    assert found_subjects(tmp_path) == {
+        "20240131_S_1/S_1_Ada_s_iPhone": "Ada_s_iPhone",
+        "ann/day 1/hello": "ann",
+        "ann_x/take001/S_1_ann_x": "ann_x",
+        "bob/day 1/hello": "bob",
+    }
+
+
+def test_the_folder_one_stands_in_names_the_subject_too(tmp_path, monkeypatch):
+    take(tmp_path / "flat", "hello")
+    monkeypatch.chdir(tmp_path / "flat")
+    assert found_subjects(Path(".")) == {"hello": "flat"}
+
+
+# --- other tables beside the takes ----------------------------------------------------------------
+
+
+def test_a_shot_list_is_no_face_track_and_does_not_part_a_take_from_its_movie(tmp_path):
+    folder = tmp_path / "20240131_S_1"
+    take(folder, "S_1_ada", audio=None)
+    (folder / "take.mov").write_bytes(b"")
+    (folder / "shotlist.csv").write_text("shot,note\n1,close\n")
+    (tmp_path / "notes.csv").write_text("")
+    found = datasets.find(tmp_path)
+    assert found.refused == ()
+    assert names(found) == [("20240131_S_1/S_1_ada", "ada", "take.mov")]
+
+
+def test_a_table_with_time_codes_or_with_audio_of_its_name_is_a_face_track(tmp_path):
+    take(tmp_path, "S_1_ada")
+    (tmp_path / "S_2_ada.csv").write_bytes(b"\xef\xbb\xbftimeCode , JawOpen\n")
+    take(tmp_path, "S_3_ada", csv=None)
+    (tmp_path / "S_3_ada_raw.csv").write_text("damaged\n")
+    found = datasets.find(tmp_path)
+    assert [r.name for r in found.recordings] == ["S_1_ada", "S_3_ada"]
+    assert [path.name for path, _ in found.refused] == ["S_2_ada.csv"]
 
 
 def test_lip32_selects_by_name_from_what_is_stored():

@@ -10,6 +10,7 @@ Rows are numbered as an editor or a spreadsheet numbers them: the header is row 
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ GAP_LIMIT_MS = 100
 MAX_MISMATCH_SECONDS = 0.1
 """How much audio and face track of one take may differ in length."""
 
-_GAP_LIMIT_TICKS = GAP_LIMIT_MS * clock.TICKS_PER_SECOND // 1000
+_GAP_LIMIT_TICKS = clock.ticks(GAP_LIMIT_MS)
 _DROP_RATIO = 1.5  # an interval this much longer than the median is a dropped frame
 
 
@@ -346,15 +347,20 @@ _AUDIO = (".wav", ".flac", ".aiff", ".aif", ".mov", ".mp4", ".m4a")  # the first
 _NO_TAKE = ("frame_log.csv", "subjects.csv")
 _TAKE = re.compile(r"(?P<slate>.+?)_(?P<take>\d+)_(?P<subject>.+)")
 _SUBJECT_COLUMNS = ("gender", "language", "split")
+_LONGEST_HEADER = 1 << 16  # bytes
 
 
 def find(folder: Path) -> Found:
     """Takes below ``folder``: the corpus of ``pmm synth``, the app's own take folders, flat folders.
 
     A ``subjects.csv`` (subject, gender, language, split) at the root and a transcript of the take's
-    name (``.txt``) are read if there. Raises BadInput if subjects.csv is not such a table.
+    name (``.txt``) are read if there. With that table, a take of somebody else is refused: a subject
+    guessed wrongly puts one person on both sides of a split.
+
+    Raises BadInput if subjects.csv is not such a table.
     """
-    subjects = _subjects(folder / "subjects.csv")
+    _, top = next(walk(folder, []), (folder, []))
+    subjects = _subjects(folder, top)
     recordings: list[Recording] = []
     refused: list[tuple[Path, str]] = []
     silent: list[tuple[Path, str]] = []
@@ -384,7 +390,7 @@ class _Folder:
     @classmethod
     def of(cls, path: Path, files: list[str]) -> _Folder:
         audio = tuple(name for name in files if name.lower().endswith(_AUDIO))
-        return cls(path, {name.lower(): name for name in files}, _face_tracks(files), audio)
+        return cls(path, {name.lower(): name for name in files}, _face_tracks(path, files, audio), audio)
 
     def audio_of(self, stem: str) -> str | None:
         """Of the CSV's own name, or the only recording in a folder with one face track."""
@@ -414,11 +420,12 @@ class _Folder:
         ]
 
 
-def _face_tracks(files: list[str]) -> dict[str, str]:
+def _face_tracks(folder: Path, files: list[str], audio: tuple[str, ...]) -> dict[str, str]:
     """{stem of a take: its CSV}. The app may add _cal (calibrated), _raw and _neutral (one pose, no take).
 
     Of one take the plain file is taken, else the calibrated, else the raw one.
     """
+    spoken = {Path(name).stem.lower() for name in audio}
     best: dict[str, tuple[int, str]] = {}
     for name in files:
         if not name.lower().endswith(".csv") or name.lower() in _NO_TAKE:
@@ -427,9 +434,20 @@ def _face_tracks(files: list[str]) -> dict[str, str]:
         kind = kind.lower() if base else ""
         rank = {"cal": 1, "raw": 2}.get(kind, 0)
         stem = base if rank else name[:-4]
-        if kind != "neutral":
+        named = not spoken.isdisjoint((stem.lower(), name[:-4].lower()))
+        if kind != "neutral" and (named or _has_timecodes(folder / name)):
             best[stem] = min(best.get(stem, (9, "")), (rank, name))
     return {stem: name for stem, (_, name) in sorted(best.items())}
+
+
+def _has_timecodes(path: Path) -> bool:
+    """Whether a CSV means to be a face track: a shot list lies in many folders of takes."""
+    try:
+        with path.open("rb") as file:
+            header = file.readline(_LONGEST_HEADER).decode("utf-8-sig", "replace")
+    except OSError:
+        return True  # to be refused with the reason
+    return "timecode" in (name.strip().casefold() for name in header.split(","))
 
 
 def _recording(folder: Path, here: _Folder, stem: str, subjects: dict[str, dict[str, str]]) -> Recording:
@@ -449,14 +467,39 @@ def _recording(folder: Path, here: _Folder, stem: str, subjects: dict[str, dict[
 
 
 def _subject(folder: Path, here: Path, stem: str, subjects: dict[str, dict[str, str]]) -> str:
-    """Named in subjects.csv, or by a parent folder the file's name ends with, or as the app names takes."""
-    parents = [part.name for part in (here.parent, here) if part != folder and part.is_relative_to(folder)]
-    known = sorted(subjects, key=len, reverse=True)
-    for name in (*known, *parents):
+    """Who it is: as subjects.csv, else as the names of file and folders say.
+
+    1. A name of subjects.csv that ends the file's name, then one that is a folder above it, the nearest.
+    2. A folder above it that the file's name ends with.
+    3. As the app names takes, {slate}_{take}_{subject}; else the topmost folder below the root.
+
+    Raises BadInput if there is a subjects.csv and it does not know them.
+    """
+    above = here.relative_to(folder).parts[::-1]
+    ends = [name for name in subjects if f"_{stem}".endswith(f"_{name}")]
+    if ends:
+        return max(ends, key=len)
+    for name in above:
+        if name in subjects:
+            return name
+    guess = _guessed_subject(folder, above, stem)
+    if subjects:
+        raise BadInput(
+            f"its subject {guess!r} is not in subjects.csv; add a row for it there, or end the file's name "
+            "or name a folder above it with a subject of that table"
+        )
+    return guess
+
+
+def _guessed_subject(folder: Path, above: tuple[str, ...], stem: str) -> str:
+    """``above`` are the names of the folders between the take and the root, nearest first."""
+    for name in above:
         if stem.endswith(f"_{name}"):
             return name
     match = _TAKE.fullmatch(stem)
-    return match["subject"] if match else here.name
+    if match:
+        return match["subject"]
+    return above[-1] if above else Path(os.path.abspath(folder)).name
 
 
 def _transcript(path: Path) -> str:
@@ -466,19 +509,48 @@ def _transcript(path: Path) -> str:
         raise BadInput(f"its transcript {path.name} cannot be read ({error}); expected UTF-8 text") from None
 
 
-def _subjects(path: Path) -> dict[str, dict[str, str]]:
-    """subjects.csv: {subject: {gender, language, split}}; {} if there is none."""
-    if not path.exists():
+def _subjects(folder: Path, files: list[str]) -> dict[str, dict[str, str]]:
+    """subjects.csv: {subject: {gender, language, split}}; {} if there is none.
+
+    As spreadsheets write it, too: a BOM, semicolons, headers in any case, empty rows.
+    """
+    path = next((folder / name for name in files if name.lower() == "subjects.csv"), None)
+    if path is None:
         return {}
-    try:
-        rows = list(csv.DictReader(path.read_text("utf-8-sig").splitlines()))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise BadInput(f"{path}: cannot be read ({error}); expected a CSV with a column subject") from None
-    table = {(row.get("subject") or "").strip(): row for row in rows}
-    if "" in table or len(table) != len(rows):
+    header, rows = _subject_rows(path)
+    if "subject" not in header:
         raise BadInput(
-            f"{path}: a row without a subject, or a subject twice; expected subject,gender,language"
+            f"{path}: row 1 has no column subject (it is {', '.join(header)[:60]!r}); "
+            "expected subject,gender,language,split"
         )
-    return {
-        name: {key: (row.get(key) or "").strip() for key in _SUBJECT_COLUMNS} for name, row in table.items()
-    }
+    table: dict[str, dict[str, str]] = {}
+    first: dict[str, int] = {}
+    for row, cells in rows:
+        who = dict(zip(header, cells))
+        name = who.get("subject", "")
+        if not name:
+            raise BadInput(f"{path}: row {row} has no subject; name one or delete the row")
+        if name in first:
+            raise BadInput(
+                f"{path}: row {row}: subject {name!r} stands in row {first[name]} already; keep one"
+            )
+        first[name] = row
+        table[name] = {key: who.get(key, "") for key in _SUBJECT_COLUMNS}
+    if not table:
+        raise BadInput(f"{path}: no rows under the header; name the subjects, or take the file away")
+    return table
+
+
+def _subject_rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """(the header in lower case, [(row as a spreadsheet counts, its cells)]), empty rows left out."""
+    try:
+        lines = path.read_text("utf-8-sig").splitlines() or [""]
+        delimiter = ";" if lines[0].count(";") > lines[0].count(",") else ","
+        rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise BadInput(
+            f"{path}: cannot be read ({error}); expected a CSV in UTF-8 with a column subject"
+        ) from None
+    header, *body = rows or [[]]
+    named = [(row, cells) for row, cells in enumerate(body, start=2) if any(cells)]
+    return [name.lower() for name in header], named

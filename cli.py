@@ -465,6 +465,9 @@ class _FitProgress:
                 f"{_count(event.clips, 'clip')}, {event.frames} frames of {subjects}{note}; "
                 f"{event.validation_clips} to validate; {event.parameters:,} parameters on {event.device}",
             )
+            if event.merged:
+                more = f"; {len(event.merged) - 1} more in config.json" if len(event.merged) > 1 else ""
+                _say("people", f"{event.merged[0]}{more}")
         elif kind == "StepDone":
             self.bar.update()
             self.bar.set_postfix_str(

@@ -189,6 +189,25 @@ def test_a_person_listed_in_two_folders_is_one_identity(tmp_path):
     assert {who: len(own) for who, own in people.items()} == {"person0": 4, "person1": 4, "person2": 4}
 
 
+def test_a_fit_tells_which_subjects_it_made_one(tmp_path):
+    store = make_store(tmp_path / "store", subjects=4, clips=1)
+    first, second, *_ = store.takes()
+    copy = replace(first, subject=second.subject, source="person1/copy.wav")
+    store.publish_takes(
+        "studio", [*store.takes(), copy], {"host": "here", "root": "/there", "layout": "made-up"}
+    )
+    events = []
+    fit(store, tmp_path / "run", replace(QUICK, epochs=1), events.append)
+    (one,) = events[0].merged
+    assert one.subjects == ("person0", "person1")
+    assert one.clips == (first.clip.id,)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert [tuple(entry["subjects"]) for entry in config["merged"]] == [one.subjects]
+    again = []
+    fit(store, tmp_path / "run", FitOptions(), again.append, resume=True)
+    assert again[0].merged == (one,)
+
+
 # --- specs -----------------------------------------------------------------------------------------
 
 
@@ -246,7 +265,7 @@ def test_a_lost_spec_file_is_one_line_or_no_matter(tmp_path):
     assert str(caught.value) == (
         f"the store at {torn.where} holds no text features that can be told apart: specs/{lost}.json, which "
         "describes some, is lost or damaged; run `pmm store verify --repair`, or "
-        f"`pmm precompute DATASET --store {torn.where}` to write it again"
+        f"`pmm precompute DATASET --store {torn.where}` writes it again"
     )
     assert not (tmp_path / "run").exists()
 

@@ -1,5 +1,7 @@
 """Splits are made by identity: nobody, and no clip, stands on two sides."""
 
+from dataclasses import replace
+
 import pytest
 
 from pmm import BadInput
@@ -47,6 +49,39 @@ def test_labels_that_share_a_clip_are_one_identity():
         sides = [{t.clip.id for ts in split[part].values() for t in ts} for part in protocols.PARTS]
         assert not sides[0] & sides[1]
         assert not (sides[0] | sides[1]) & sides[2]
+
+
+def test_subjects_made_one_are_told_and_through_which_clip():
+    takes = [*takes_of(4), take("0-0", "person3"), take("1-1", "renamed", dataset="copy")]
+    other, one = protocols.cross_subject(takes, 0).merged
+    assert one == protocols.Merged("person3", ("person0", "person3"), ("0-0",), "")
+    assert (other.subjects, other.clips) == (("person1", "renamed"), ("1-1",))
+    assert str(other) == "person1, renamed share clip 1-1 () and count as one person"
+    chain = [*takes_of(4), take("0-0", "person1"), take("1-1", "person2")]
+    (three,) = protocols.merged(chain)
+    assert (three.identity, three.subjects) == ("person1", ("person0", "person1", "person2"))
+    assert "share 2 clips, the first 0-0 (), and count" in str(three)
+
+
+def test_a_copy_under_the_same_name_is_nothing_to_tell():
+    takes = [*takes_of(3), take("0-0", "person0", dataset="copy")]
+    assert protocols.merged(takes) == ()
+
+
+def test_too_few_because_of_a_shared_clip_says_so():
+    takes = [take(clip, f"S{n}") for n in range(4) for clip in ("slate", f"own-{n}")]
+    with pytest.raises(BadInput) as caught:
+        protocols.cross_subject([replace(one, source=f"{one.subject}/{one.clip.id}.wav") for one in takes], 0)
+    assert str(caught.value) == (
+        "1 subject with a face track was found (S0); the cross-subject protocol needs at least 3, one each "
+        "to train, validate and test: precompute more; "
+        "S0, S1, S2, S3 share clip slate (S0/slate.wav) and count as one person"
+    )
+
+
+def test_a_subject_called_mean_is_not_the_mean_style():
+    takes = [*takes_of(2), take("x", "mean")]
+    assert list(protocols.identities(takes)) == ["person0", "person1", "studio/mean"]
 
 
 def test_the_same_performance_under_two_names_counts_once():

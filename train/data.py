@@ -56,7 +56,7 @@ def _choose(store: Store, modality: str, fps: int, wanted: str, made_by: Mapping
         raise NotFound(
             f"the store at {store.where} holds no {modality} features that can be told apart: "
             f"specs/{min(lost)}.json, which describes some, is lost or damaged; run "
-            f"`pmm store verify --repair`, or `pmm precompute DATASET --store {store.where}` to write it again"
+            f"`pmm store verify --repair`, or `pmm precompute DATASET --store {store.where}` writes it again"
         )
     if not present:
         raise NotFound(

@@ -21,6 +21,7 @@ from pmm.train import losses, metrics
 from pmm.train.data import Batch, Corpus, batches
 from pmm.train.heads import Heads
 from pmm.train.losses import Losses, Weights
+from pmm.train.protocols import Merged
 
 VALIDATION_BATCH = 8
 
@@ -71,13 +72,17 @@ def seed_of(seed: int, purpose: str, number: int) -> int:
 
 @dataclass(frozen=True)
 class Started:
-    """Event: everything is loaded, training begins (or goes on) at ``first_epoch`` (from 0)."""
+    """Event: everything is loaded, training begins (or goes on) at ``first_epoch`` (from 0).
+
+    ``skipped`` takes are not used; ``merged`` are the subjects that count as one person.
+    """
 
     clips: int
     frames: int
     validation_clips: int
     styles: tuple[str, ...]
     skipped: int
+    merged: tuple[Merged, ...]
     parameters: int
     epochs: int
     first_epoch: int

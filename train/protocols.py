@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pmm import BadInput
 from pmm.store.clip import Take
@@ -23,14 +24,41 @@ Part = Mapping[str, tuple[Take, ...]]
 
 Label = tuple[str, str]  # (dataset, subject)
 
+MEAN_STYLE = "mean"
+"""Not a person: the mean of all styles. A subject of this name goes by dataset/mean."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Subjects of different names that count as one person, since recordings of theirs are the same.
+
+    clips    ids of the clips that carry more than one of the names
+    source   a recording of the first of these clips, for people to look at
+    """
+
+    identity: str
+    subjects: tuple[str, ...]
+    clips: tuple[str, ...]
+    source: str
+
+    def __str__(self) -> str:
+        first = f"{self.clips[0][:12]} ({self.source})"
+        what = f"clip {first}" if len(self.clips) == 1 else f"{len(self.clips)} clips, the first {first},"
+        return f"{', '.join(self.subjects)} share {what} and count as one person"
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Merged:
+        return cls(value["identity"], tuple(value["subjects"]), tuple(value["clips"]), value["source"])
+
 
 @dataclass(frozen=True)
 class Split:
-    """Three parts that share no identity."""
+    """Three parts that share no identity. ``merged`` tells which subjects were made one."""
 
     train: Part
     validation: Part
     test: Part
+    merged: tuple[Merged, ...] = ()
 
     def __getitem__(self, part: str) -> Part:
         if part not in PARTS:
@@ -50,15 +78,41 @@ def identities(takes: Sequence[Take]) -> dict[str, tuple[Take, ...]]:
     An identity goes by the subject that most of its takes name, or dataset/subject where two would
     be alike.
     """
+    of_label: dict[Label, list[Take]] = {}
+    for take in takes:
+        of_label.setdefault((take.dataset, take.subject), []).append(take)
+    people: dict[str, tuple[Take, ...]] = {}
+    for name, labels in _named(takes).items():
+        own = sorted((take for label in labels for take in of_label[label]), key=lambda take: take.id)
+        people[name] = tuple({(take.clip.id, take.target): take for take in reversed(own)}.values())[::-1]
+    return people
+
+
+def merged(takes: Sequence[Take]) -> tuple[Merged, ...]:
+    """The identities that go by more than one subject name, in the order of their names.
+
+    One name in two datasets that share clips is what is expected of a copy, and is not told.
+    """
+    carriers: dict[str, dict[str, Take]] = {}
+    for take in sorted(takes, key=lambda take: (take.subject, take.source)):
+        carriers.setdefault(take.clip.id, {}).setdefault(take.subject, take)
+    shared = [next(iter(by.values())) for _, by in sorted(carriers.items()) if len(by) > 1]
+    found = []
+    for name, labels in _named(takes).items():
+        if len(subjects := {subject for _, subject in labels}) > 1:
+            own = [take for take in shared if (take.dataset, take.subject) in labels]
+            clips = tuple(take.clip.id for take in own)
+            found.append(Merged(name, tuple(sorted(subjects)), clips, own[0].source))
+    return tuple(found)
+
+
+def _named(takes: Sequence[Take]) -> dict[str, set[Label]]:
+    """The labels of each identity, by its name, in the order of names."""
     count = Counter((take.dataset, take.subject) for take in takes)
     groups = {min(labels, key=lambda label: (-count[label], label)): labels for labels in _connected(takes)}
-    subjects = Counter(subject for _, subject in groups)
-    named: dict[str, tuple[Take, ...]] = {}
-    for label, labels in groups.items():
-        name = label[1] if subjects[label[1]] == 1 else "/".join(label)
-        own = sorted((t for t in takes if (t.dataset, t.subject) in labels), key=lambda take: take.id)
-        named[name] = tuple({(take.clip.id, take.target): take for take in reversed(own)}.values())[::-1]
-    return dict(sorted(named.items()))
+    alike = Counter(subject for _, subject in groups)
+    alone = {label: alike[label[1]] == 1 and label[1] != MEAN_STYLE for label in groups}
+    return dict(sorted((label[1] if alone[label] else "/".join(label), groups[label]) for label in groups))
 
 
 def _connected(takes: Sequence[Take]) -> list[set[Label]]:
@@ -88,15 +142,26 @@ def cross_subject(takes: Sequence[Take], seed: int) -> Split:
     """
     everyone = identities(takes)
     people = {name: with_face for name in everyone if (with_face := _with_face(everyone[name]))}
+    made_one = merged(takes)
     if len(people) < 3:
-        raise BadInput(
-            f"{len(people)} subjects with a face track were found ({', '.join(people) or 'none'}); the "
-            "cross-subject protocol needs at least 3, one each to train, validate and test: precompute more"
-        )
+        raise BadInput(_too_few(list(people), made_one))
     order = sorted(people, key=lambda name: digest("split", {"seed": seed, "identity": name}))
     held = max(1, (2 * len(order) + 5) // 10)
     parts = order[2 * held :], order[:held], order[held : 2 * held]
-    return Split(*({name: people[name] for name in sorted(part)} for part in parts))
+    train, validation, test = ({name: people[name] for name in sorted(part)} for part in parts)
+    return Split(train, validation, test, made_one)
+
+
+def _too_few(people: Sequence[str], made_one: Sequence[Merged]) -> str:
+    subjects = (
+        "1 subject with a face track was"
+        if len(people) == 1
+        else (f"{len(people)} subjects with a face track were")
+    )
+    return (
+        f"{subjects} found ({', '.join(people) or 'none'}); the cross-subject protocol needs at least 3, one "
+        f"each to train, validate and test: precompute more{''.join(f'; {one}' for one in made_one)}"
+    )
 
 
 def _with_face(takes: tuple[Take, ...]) -> tuple[Take, ...]:

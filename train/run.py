@@ -39,9 +39,9 @@ from pmm.train.heads import Heads, HeadsConfig, preset
 from pmm.train.loop import EpochDone, Schedule, Started, StepDone, seed_of, train
 from pmm.train.options import FitOptions, torch_device
 from pmm.train.predict import predict_heads
+from pmm.train.protocols import MEAN_STYLE, Merged
 
 CONFIG, METRICS, BEST, LAST = "config.json", "metrics.jsonl", "best.safetensors", "last.safetensors"
-MEAN_STYLE = "mean"
 
 Event = Fetched | Started | StepDone | EpochDone
 
@@ -128,6 +128,7 @@ def _begin(store: Store, path: Path, options: FitOptions, tell: Callable[[Event]
         "specs": {name: spec.to_json() for name, spec in specs.items()},
         "made_with": {name: _made_with(store, spec) for name, spec in specs.items()},
         "split": _used(split, parts),
+        "merged": [asdict(one) for one in split.merged],
         "skipped": [asdict(one) for part in parts.values() for one in part.skipped],
         "styles": list(styles),
         "mean": heads.decoder.output.bias.tolist(),
@@ -254,6 +255,7 @@ def _started(run: Run, corpus: Corpus, validation: Corpus, schedule: Schedule, s
         validation_clips=len(validation.takes),
         styles=run.styles,
         skipped=len(run.config["skipped"]),
+        merged=tuple(Merged.from_json(one) for one in run.config.get("merged", ())),
         parameters=sum(parameter.numel() for parameter in run.heads.parameters()),
         epochs=schedule.epochs,
         first_epoch=state.epoch,

@@ -22,7 +22,7 @@ from pmm.store.catalog import Store
 from pmm.store.clip import Clip, Take
 from pmm.store.feature import FeatureSpec
 from pmm.store.rig import ARKIT52, LIP32
-from pmm.train import data, losses, protocols
+from pmm.train import data, losses, memory, protocols
 from pmm.train.evaluate import evaluate
 from pmm.train.heads import Heads, HeadsConfig, preset, valid_frames
 from pmm.train.loop import EpochDone, Schedule, Started, StepDone, learning_rate
@@ -206,6 +206,57 @@ def test_a_fit_tells_which_subjects_it_made_one(tmp_path):
     again = []
     fit(store, tmp_path / "run", FitOptions(), again.append, resume=True)
     assert again[0].merged == (one,)
+
+
+def test_what_does_not_fit_into_memory_is_refused_before_it_is_loaded(store, tmp_path):
+    split = protocols.split("cross-subject", store.takes(), 0)
+    parts = [
+        data.load(store, specs_of(store), own, LIP32, FPS, (8, 16)) for own in (split.train, split.validation)
+    ]
+    held = sum(x.nbytes for part in parts for x in (*part.features.values(), part.target))
+    with pytest.raises(
+        BadInput, match=r"12 takes fill 0.0 GB of memory, and 0.0 GB are available; fit fewer"
+    ):
+        fit(store, tmp_path / "run", QUICK, memory_limit=held - 1)
+    assert not (tmp_path / "run").exists()
+    fit(store, tmp_path / "run", replace(QUICK, epochs=1), memory_limit=held)
+    with pytest.raises(BadInput, match=r"12 takes fill"):
+        fit(store, tmp_path / "run", FitOptions(), resume=True, memory_limit=held - 1)
+
+
+def test_both_numbers_and_the_way_out_are_said():
+    lips = replace(IMAGE, shape=(96, 96, 3))
+    hour = 3600 * FPS
+    needed = memory.corpus_bytes(hour, {"audio": AUDIO, "image": lips, "target": TARGET}, 32, (48, 96))
+    assert needed == hour * (4 * 12 + 48 * 96 * 3 + 4 * 32)
+    memory.refuse_too_much(needed, needed, 9, ("image", "audio"))
+    memory.refuse_too_much(needed, None, 9, ("image", "audio"))
+    with pytest.raises(BadInput) as caught:
+        memory.refuse_too_much(needed, 10**9, 9, ("image", "audio"))
+    assert str(caught.value) == (
+        "the features of 9 takes fill 1.5 GB of memory, and 1.0 GB are available; fit fewer subjects, "
+        "leave the lip frames out (--without image), or use a machine with more memory"
+    )
+    with pytest.raises(BadInput, match="fit fewer subjects, or use"):
+        memory.refuse_too_much(2, 1, 9, ("audio",))
+
+
+@pytest.mark.parametrize(
+    ("membership", "folder", "ceiling", "held"),
+    [
+        ("0::/job/step\n", "job", "memory.max", "anon"),
+        ("5:memory:/job/step\n0::/\n", "memory/job", "memory.limit_in_bytes", "total_rss"),
+    ],
+)
+def test_the_limit_of_a_container_counts(tmp_path, membership, folder, ceiling, held):
+    """A limit on the job, none on the step below it, in both versions of Linux control groups."""
+    (tmp_path / folder / "step").mkdir(parents=True)
+    (tmp_path / folder / ceiling).write_text("5000\n")
+    (tmp_path / folder / "memory.stat").write_text(f"cache 900\n{held} 1200\n")
+    (tmp_path / folder / "step" / ceiling).write_text("max\n")
+    (tmp_path / "self").write_text(membership)
+    assert list(memory._container(tmp_path, tmp_path / "self")) == [3800]
+    assert memory.available(torch.device("cpu")) > 0
 
 
 # --- specs -----------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from pmm.store.digest import canonical_json, strict_json
 from pmm.store.feature import FeatureSpec
 from pmm.store.remote import is_address, place
 from pmm.store.rig import RIGS
-from pmm.train import checkpoint, data, protocols
+from pmm.train import checkpoint, data, memory, protocols
 from pmm.train.checkpoint import FORMAT, State
 from pmm.train.data import Corpus, Skipped
 from pmm.train.heads import Heads, HeadsConfig, preset
@@ -79,34 +79,42 @@ def fit(
     options: FitOptions,
     on_event: Callable[[Event], None] | None = None,
     resume: bool = False,
+    memory_limit: int | None = None,
 ) -> Result:
     """Fit heads from the cached features of ``store`` into the new folder ``run_dir``.
 
     With ``resume`` the run that is there goes on from its last whole epoch, with the options it was
     started with, to the same losses as if it had never stopped.
+    All of training and validation is held in memory: at most ``memory_limit`` bytes (None: what is
+    available).
 
     Raises AlreadyThere if ``run_dir`` exists (and not ``resume``), NotFound or BadInput where the
-    store lacks what is needed, too few subjects for the protocol included.
+    store lacks what is needed, too few subjects for the protocol included, and where the memory does
+    not hold it.
     """
     path = Path(run_dir)
     tell = on_event or (lambda event: None)
     if resume:
-        return _go_on(store, path, options, tell)
+        return _go_on(store, path, options, tell, memory_limit)
     if path.exists():
         raise AlreadyThere(
             f"{path} already exists and nothing is overwritten; "
             "go on with it by --resume, or name another folder"
         )
-    return _begin(store, path, options, tell)
+    return _begin(store, path, options, tell, memory_limit)
 
 
-def _begin(store: Store, path: Path, options: FitOptions, tell: Callable[[Event], None]) -> Result:
+def _begin(
+    store: Store, path: Path, options: FitOptions, tell: Callable[[Event], None], memory_limit: int | None
+) -> Result:
     device = torch_device(options.device)
     schedule, names = options.schedule, RIGS[options.rig]
     specs = data.choose_specs(store, options.fps, options.features, (*options.modalities, "target"))
     keywords = _head_keywords(options, specs)
     split = protocols.split(options.protocol, data.listed_takes(store), options.seed)
     rows = HeadsConfig(**keywords, styles=1).image_rows
+    sides = (split.train, split.validation)
+    _refuse_too_much(store, specs, sides, options, rows, device, memory_limit)
     wanted = [take for name in ("train", "validation") for takes in split[name].values() for take in takes]
     data.fetch(store, specs, wanted, tell)
     parts = {
@@ -135,6 +143,22 @@ def _begin(store: Store, path: Path, options: FitOptions, tell: Callable[[Event]
     }
     _create(path, config)
     return _train(Run.of(path, config, heads, device), corpus, parts["validation"].to(device), tell)
+
+
+def _refuse_too_much(
+    store: Store,
+    specs: Mapping[str, FeatureSpec],
+    sides: Sequence[protocols.Part],
+    options: FitOptions,
+    rows: tuple[int, int],
+    device: torch.device,
+    limit: int | None,
+) -> None:
+    frames = sum(data.frames_of(store, specs, people, options.fps) for people in sides)
+    takes = sum(len(own) for people in sides for own in people.values())
+    needed = memory.corpus_bytes(frames, specs, len(RIGS[options.rig]), rows)
+    limit = memory.available(device) if limit is None else limit
+    memory.refuse_too_much(needed, limit, takes, options.modalities)
 
 
 def _head_keywords(options: FitOptions, specs: Mapping[str, FeatureSpec]) -> dict[str, Any]:
@@ -197,12 +221,17 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _go_on(store: Store, path: Path, options: FitOptions, tell: Callable[[Event], None]) -> Result:
+def _go_on(
+    store: Store, path: Path, options: FitOptions, tell: Callable[[Event], None], memory_limit: int | None
+) -> Result:
     run = _open(path, torch_device(options.device))
     if other := run.options.differs(options):
         raise BadInput(
             f"the run in {path} was started with {other}; resume it without that option, or start a new run"
         )
+    sides = [part_of(run, store, name) for name in ("train", "validation")]
+    rows = run.heads.config.image_rows
+    _refuse_too_much(store, run.specs, sides, run.options, rows, run.device, memory_limit)
     parts = {name: load_part(run, store, name).to(run.device) for name in ("train", "validation")}
     for name, corpus in parts.items():
         if corpus.skipped:
@@ -395,6 +424,12 @@ def load_part(run: Run, store: Store, part: str) -> Corpus:
 
     Raises NotFound for features or takes that ``store`` does not have.
     """
+    people = part_of(run, store, part)
+    return data.load(store, run.specs, people, run.names, run.fps, run.heads.config.image_rows)
+
+
+def part_of(run: Run, store: Store, part: str) -> dict[str, tuple[Take, ...]]:
+    """The takes of one part of a run's split, by identity. Raises NotFound as ``load_part`` does."""
     missing = [name for name, spec in run.specs.items() if spec.id not in store.specs]
     if missing:
         raise NotFound(
@@ -402,18 +437,17 @@ def load_part(run: Run, store: Store, part: str) -> Corpus:
             f"fitted on are not in the store at {store.where}; name the store by --store, or precompute them"
         )
     known = {take.id: take for take in store.takes()}
-    people = {who: _takes(run, store, known, ids) for who, ids in run.config["split"][part].items()}
-    return data.load(store, run.specs, people, run.names, run.fps, run.heads.config.image_rows)
+    return {who: _takes(run, store, known, ids) for who, ids in run.config["split"][part].items()}
 
 
-def _takes(run: Run, store: Store, known: Mapping[str, Take], ids: Sequence[str]) -> list[Take]:
+def _takes(run: Run, store: Store, known: Mapping[str, Take], ids: Sequence[str]) -> tuple[Take, ...]:
     gone = [name for name in ids if name not in known]
     if gone:
         raise NotFound(
             f"{len(gone)} takes of the run in {run.path} (the first {gone[0][:12]}) are not in the store at "
             f"{store.where}; name the store it was fitted on by --store"
         )
-    return [known[name] for name in ids]
+    return tuple(known[name] for name in ids)
 
 
 def predict(

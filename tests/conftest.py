@@ -11,8 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 RATE = 48_000
+
+# pytest --hypothesis-profile long: as long as one likes to wait, and not the same examples each time
+settings.register_profile("long", max_examples=5000)
 
 
 @dataclass(frozen=True)

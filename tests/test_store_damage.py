@@ -24,7 +24,7 @@ PAYLOAD_FLIPS = 2000
 
 @pytest.fixture(scope="module")
 def store():
-    """A hundred fragments of three clips, 7 steps of 6 bytes each, in two chunks; the last step is padding."""
+    """A hundred fragments of three clips, 7 steps of 6 bytes each, in two chunks; the last step pads."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
         store = Store.create(Path(folder) / "store")
         rng = np.random.default_rng(0)

@@ -399,6 +399,7 @@ def _report(plan: Plan, outcome: Outcome | None, store: Path | str, as_json: boo
 @click.option(
     "--features", multiple=True, metavar="MODALITY=ID", help="Which features, where a store has several."
 )
+@click.option("--snapshot", metavar="NAME", help="Read exactly this snapshot of the store, or fail.")
 @_seed
 @_device
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
@@ -454,6 +455,10 @@ class _FitProgress:
         if kind == "Fetched":
             self.bar.unit, self.bar.unit_scale, self.bar.desc = "B", True, "fetching: "
             _reach(self.bar, event.done_bytes, event.total_bytes)
+        elif kind == "Content":
+            kept = f"not kept in the store ({event.unpinned})" if event.unpinned else "kept in the store"
+            self.bar.clear()
+            _say("content", f"snapshot {event.snapshot}, {kept}")
         elif kind == "Started":
             self.bar.unit, self.bar.unit_scale, self.bar.desc = "step", False, "fitting: "
             self.bar.reset(total=event.epochs * event.steps_per_epoch)

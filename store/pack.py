@@ -39,7 +39,7 @@ from pmm.store.digest import digest, json_line, strict_json
 from pmm.store.feature import FeatureSpec
 from pmm.store.fragment import HEX64, ID_BYTES, MALFORMED
 from pmm.store.medium import MediumError
-from pmm.store.snapshots import View, capture, load
+from pmm.store.snapshots import Readable, View, capture, load
 
 if TYPE_CHECKING:
     import h5py
@@ -105,10 +105,7 @@ def pack(
     nothing to write; NotFound if the snapshot is no longer whole; StoreCorrupt, naming the clip. Then
     nothing is left where ``out`` was to be.
     """
-    view = View(store, load(store, snapshot) if snapshot else capture(store, ""))
-    if snapshot:
-        view.require(view.specs)
-    takes = _chosen(store, view, subjects)
+    takes, view = _snapshot(store, snapshot, subjects) if snapshot else _current(store, subjects)
     wanted = {name: rows for name, spec in view.specs.items() if (rows := _rows_of(view, spec, takes))}
     if not wanted:
         raise BadInput(f"{store.where} has no features of the chosen takes; run `pmm precompute` first")
@@ -123,8 +120,21 @@ def pack(
     return Contents(len(takes), sum(map(len, wanted.values())), total)
 
 
-def _chosen(store: Store, view: View, subjects: Sequence[str]) -> list[Take]:
-    takes = [take for take in view.listed_takes() if not store.hides(take)]
+def _snapshot(store: Store, name: str, subjects: Sequence[str]) -> tuple[list[Take], View]:
+    view = View(store, load(store, name))
+    view.require(view.specs)
+    return _chosen(store, view.listed_takes(), subjects), view
+
+
+def _current(store: Store, subjects: Sequence[str]) -> tuple[list[Take], View]:
+    """What is there now, held still: rows are checked against the sums they have at this moment."""
+    takes = _chosen(store, store.listed_takes(), subjects)
+    rows = [(name, row) for name, spec in store.specs.items() for row in _rows_of(store, spec, takes)]
+    return takes, View(store, capture(store, "", rows))
+
+
+def _chosen(store: Store, listed: Sequence[Take], subjects: Sequence[str]) -> list[Take]:
+    takes = [take for take in listed if not store.hides(take)]
     known = {take.subject for take in takes}
     if unknown := sorted(set(subjects) - known):
         raise BadInput(
@@ -133,10 +143,10 @@ def _chosen(store: Store, view: View, subjects: Sequence[str]) -> list[Take]:
     return [take for take in takes if take.subject in subjects or not subjects]
 
 
-def _rows_of(view: View, spec: FeatureSpec, takes: Sequence[Take]) -> list[str]:
+def _rows_of(store: Readable, spec: FeatureSpec, takes: Sequence[Take]) -> list[str]:
     """Row ids, ascending, that are there of these takes."""
     ids = {take.target if spec.modality == "target" else take.clip.id for take in takes}
-    return sorted(row for row in ids if row and view.has(spec.id, row))
+    return sorted(row for row in ids if row and store.has(spec.id, row))
 
 
 def _row_bytes(spec: FeatureSpec) -> int:
@@ -168,7 +178,7 @@ def _new_file(out: Path) -> Iterator[h5py.File]:
         raise NotFound(f"{out.parent} is no folder to write {out.name} in; make it first")
     partial = out.with_name(f".{out.name}.{uuid4().hex[:8]}.partial")
     try:
-        with h5py.File(partial, "x") as file:
+        with h5py.File(partial, "x", libver=("v108", "v108")) as file:  # its metadata has checksums
             yield file
         with partial.open("rb") as written:
             os.fsync(written.fileno())
@@ -192,7 +202,8 @@ def _place(partial: Path, out: Path) -> None:
 
 
 def _write_about(file: h5py.File, takes: Sequence[Take]) -> None:
-    file.attrs.update(format=MAGIC, version=VERSION, about=ABOUT, created=now(), pmm=pmm.__version__)
+    file.attrs["format"] = np.bytes_(MAGIC)  # of fixed length, unlike those for people
+    file.attrs.update(version=VERSION, about=ABOUT, created=now(), pmm=pmm.__version__)
     file["takes"] = _text([json_line(take.to_json()) for take in takes])
     file["takes"].attrs["about"] = "a JSON object each; `clip` and `target` name rows of the features"
 
@@ -298,13 +309,23 @@ class _Feature:
 
 
 def _check_format(file: h5py.File, path: Path) -> None:
-    found, version = file.attrs.get("format"), file.attrs.get("version")
-    if found != MAGIC or not isinstance(version, np.integer) or version < 1:
-        raise ValueError(f"its format is {str(found)[:80]!r}, {MAGIC!r} was expected")
+    found, version = _attribute(file, "format", "S"), _attribute(file, "version", "iu")
+    if found != MAGIC.encode() or version < 1:
+        raise ValueError(f"its format is {found!r:.80}, version {version}; {MAGIC!r} was expected")
     if version > VERSION:
         raise NewerFormat(
             f"{path} has pack version {version}, this pmm reads up to {VERSION}; install a newer"
         )
+
+
+def _attribute(file: h5py.File, name: str, kinds: str) -> Any:
+    """A plain scalar; its type is looked at first, as damaged text of variable length can hang HDF5."""
+    if name not in file.attrs:
+        raise ValueError(f"it has no attribute {name!r}")
+    stored = file.attrs.get_id(name)
+    if stored.dtype.kind not in kinds or stored.shape != () or stored.dtype.itemsize > 64:
+        raise ValueError(f"its attribute {name!r} is {stored.dtype} of shape {stored.shape}")
+    return file.attrs[name]
 
 
 def _member(group: h5py.Group, name: str) -> Any:

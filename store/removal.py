@@ -62,6 +62,8 @@ def remove(
 
     Raises NotFound or BadInput, with nothing changed, for a name that fits nothing or too much.
     """
+    if purge_bytes:
+        purge(store)  # one that was killed; its names may be gone from the lists already
     store.refresh()
     everyone = [take for listing in store.listings() for take in listing.takes]
     takes = [*chain(*(_subject(store, everyone, who) for who in subjects))]

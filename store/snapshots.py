@@ -9,7 +9,7 @@ reads them there. It never reads anything else.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pmm import AlreadyThere, BadInput, NotFound, PmmError, StoreCorrupt
+from pmm.store.cache import Fetched
 from pmm.store.catalog import SHEET_BYTES, Store, now, sheet, unsheet, writer
 from pmm.store.clip import Take
 from pmm.store.digest import digest
@@ -128,25 +129,26 @@ def load(store: Store, name: str) -> Snapshot:
     return Snapshot.from_bytes(data, f"{store.where}/{key}")
 
 
-def capture(store: Store, name: str, specs: Collection[str] | None = None) -> Snapshot:
-    """What ``store`` serves now, of all specs or of these; nothing is written.
+def capture(store: Store, name: str, rows: Iterable[tuple[str, str]] | None = None) -> Snapshot:
+    """What ``store`` serves now: all takes, and of the features these rows (spec id, row id), or all.
 
-    Raises StoreCorrupt, naming the fragment, where it cannot say what its rows are.
+    Writes nothing. Raises StoreCorrupt, naming the fragment, where it cannot say what its rows are.
     """
-    rows: dict[str, dict[str, Pin]] = {}
-    for spec in sorted(store.specs if specs is None else specs):
-        known: dict[str, list[str]] = {}
-        pins = rows[spec] = {}
-        for row in store.rows(spec):
-            one, index = store.find(spec, row)
-            if one.location not in known:
-                known[one.location] = hexes(store.reader(one).sums)
-            pins[row] = Pin(one.id, known[one.location][index])
-    held = {spec: pins for spec, pins in rows.items() if pins}
-    return Snapshot(name, now(), tuple(store.listed_takes()), held, tuple(sorted(store.removals)))
+    known: dict[str, list[str]] = {}
+    pins: dict[str, dict[str, Pin]] = {}
+    for spec, row in _rows(store) if rows is None else rows:
+        one, index = store.find(spec, row)
+        if one.location not in known:
+            known[one.location] = hexes(store.reader(one).sums)
+        pins.setdefault(spec, {})[row] = Pin(one.id, known[one.location][index])
+    return Snapshot(name, now(), tuple(store.listed_takes()), pins, tuple(sorted(store.removals)))
 
 
-def take(store: Store, name: str, specs: Collection[str] | None = None) -> Snapshot:
+def _rows(store: Store) -> Iterator[tuple[str, str]]:
+    return ((spec, row) for spec in store.specs for row in store.rows(spec))
+
+
+def take(store: Store, name: str) -> Snapshot:
     """Names, durably, what ``store`` serves now. Doing so again is no error if it serves the same.
 
     Raises BadInput for a name that cannot be, AlreadyThere for one that names something else.
@@ -154,15 +156,15 @@ def take(store: Store, name: str, specs: Collection[str] | None = None) -> Snaps
     if not NAME.fullmatch(name):
         raise BadInput(f"{name!r} is no name of a snapshot: up to 64 of a-z 0-9 . _ - were expected")
     store.refresh()
-    return put(store, capture(store, name, specs))
+    return put(store, capture(store, name))
 
 
-def pin(store: Store, specs: Collection[str]) -> tuple[Snapshot, str]:
+def pin(store: Store, rows: Iterable[tuple[str, str]]) -> tuple[Snapshot, str]:
     """What a run is about to read, named by its content and kept where the store may be written.
 
     Returns the snapshot and, where it could not be kept, why.
     """
-    snapshot = capture(store, "", specs)
+    snapshot = capture(store, "", rows)
     snapshot = replace(snapshot, name=f"fit-{snapshot.id[:16]}")
     try:
         return put(store, snapshot), ""
@@ -221,6 +223,14 @@ class View:
 
     def has(self, spec_id: str, row_id: str) -> bool:
         return row_id in self._at(spec_id)
+
+    def fetch(
+        self, rows: Iterable[tuple[str, str]], on_event: Callable[[Fetched], None] | None = None
+    ) -> None:
+        """As ``Store.fetch``: nothing more is read from a bucket for these rows."""
+        if self._store.cache:
+            wanted = {one.location: one for one, _ in (self._find(*row) for row in rows)}
+            self._store.cache.fetch(self._store.medium, list(wanted.values()), on_event)
 
     def length(self, spec_id: str, row_id: str) -> int:
         one, index = self._find(spec_id, row_id)

@@ -11,10 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch is imported
 
 RATE = 48_000
+
+# pytest --hypothesis-profile long: as long as one likes to wait, and not the same examples each time
+settings.register_profile("long", max_examples=5000)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from pmm.train.loop import EpochDone, Schedule, Started, StepDone, learning_rate
 from pmm.train.metrics import FRAME_ERRORS, lve
 from pmm.train.options import FitOptions
 from pmm.train.predict import predict_heads
-from pmm.train.run import fit, load_run, predict
+from pmm.train.run import Content, fit, load_run, predict
 
 FPS = 30
 PIXELS = 16
@@ -351,8 +351,8 @@ def test_a_run_folder_holds_what_the_run_was(store, fitted):
 
 def test_events_tell_the_steps_and_the_epochs(fitted):
     path, result, events = fitted
-    assert [type(event) for event in events] == [Started, *([StepDone] * 3 + [EpochDone]) * 2]
-    assert (events[0].clips, events[0].validation_clips, events[0].steps_per_epoch) == (9, 3, 3)
+    assert [type(event) for event in events] == [Content, Started, *([StepDone] * 3 + [EpochDone]) * 2]
+    assert (events[1].clips, events[1].validation_clips, events[1].steps_per_epoch) == (9, 3, 3)
     assert [(e.epoch, e.step, e.steps) for e in events if isinstance(e, StepDone)][2:4] == [
         (1, 3, 3),
         (2, 1, 3),
@@ -412,7 +412,7 @@ def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(store, tmp_path, after)
     resumed = []
     result = fit(store, tmp_path / "broken", FitOptions(), resumed.append, resume=True)
     assert resumed[0].first_epoch == len(kept)
-    joined = [e for e in broken if not isinstance(e, Started) and e.epoch <= len(kept)] + resumed
+    joined = [e for e in broken if not isinstance(e, Content | Started) and e.epoch <= len(kept)] + resumed
     assert history(joined) == history(whole)
     assert result.epochs == 3
     whole_lines = [

@@ -389,10 +389,18 @@ def twice_in_json(packed):
 
 
 def other_format(packed):
-    packed.attrs["format"] = "weights"
+    packed.attrs["format"] = np.bytes_("weights")
 
 
-def no_version(packed):
+def format_of_any_length(packed):
+    packed.attrs["format"] = "pmm-pack"
+
+
+def no_format(packed):
+    del packed.attrs["format"]
+
+
+def many_versions(packed):
     packed.attrs["version"] = np.array([1, 2])
 
 
@@ -428,8 +436,10 @@ HOSTILE = {
     no_space: "values is no plain dataset",
     no_json: "takes is not valid JSON",
     twice_in_json: "takes is not valid JSON .a key stands twice",
-    other_format: "its format is 'weights', 'pmm-pack' was expected",
-    no_version: "its format is 'pmm-pack'",
+    other_format: "its format is .*b'weights'.*, version 1; 'pmm-pack' was expected",
+    format_of_any_length: "its attribute 'format' is object of shape ",
+    no_format: "it has no attribute 'format'",
+    many_versions: r"its attribute 'version' is int64 of shape \(2,\)",
 }
 
 

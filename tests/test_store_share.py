@@ -266,7 +266,7 @@ def test_marks_of_damage_do_not_travel_and_what_is_marked_is_named(two):
 def test_snapshots_travel_and_name_the_same_bytes(two):
     a, b = map(Store.open, two)
     paper = snapshots.take(a, "paper")
-    pinned, _ = snapshots.pin(b, [TARGET.id])
+    pinned, _ = snapshots.pin(b, [(TARGET.id, row) for row in b.rows(TARGET.id)])
     snapshots.take(a, "both")
     snapshots.take(b, "both")
     there, back = merge(a, b)

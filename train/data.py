@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from pmm import BadInput, NotFound
 from pmm.store import clock
 from pmm.store.cache import Fetched
-from pmm.store.catalog import Store
 from pmm.store.clip import Take
 from pmm.store.feature import MODALITIES, FeatureSpec
 from pmm.store.rig import columns
+from pmm.store.snapshots import Readable
 from pmm.train.heads import valid_frames
 
 DISAGREEMENT_SECONDS = 0.1
@@ -34,7 +34,7 @@ _SLICE = 4096  # frames; statistics of the images go over them in slices
 
 
 def choose_specs(
-    store: Store, fps: int, wanted: Mapping[str, str] | None = None, modalities: Sequence[str] = MODALITIES
+    store: Readable, fps: int, wanted: Mapping[str, str] | None = None, modalities: Sequence[str] = MODALITIES
 ) -> dict[str, FeatureSpec]:
     """One feature spec for each of ``modalities``, of those the store holds rows of.
 
@@ -48,7 +48,7 @@ def choose_specs(
     return {name: _choose(store, name, fps, (wanted or {}).get(name, ""), made_by) for name in modalities}
 
 
-def _choose(store: Store, modality: str, fps: int, wanted: str, made_by: Mapping[str, str]) -> FeatureSpec:
+def _choose(store: Readable, modality: str, fps: int, wanted: str, made_by: Mapping[str, str]) -> FeatureSpec:
     present = [store.specs[name] for name in made_by if store.specs[name].modality == modality]
     present.sort(key=lambda spec: (spec.fps or 0, spec.id))
     lost = {one.spec_id for one in store.fragments()} - set(store.specs)
@@ -81,7 +81,7 @@ def _choose(store: Store, modality: str, fps: int, wanted: str, made_by: Mapping
     )
 
 
-def _labels(store: Store) -> dict[str, str]:
+def _labels(store: Readable) -> dict[str, str]:
     """What made the rows of each spec that has any: spec id to a name for people.
 
     Rows whose spec is lost or damaged are passed over: nothing says what they are.
@@ -95,13 +95,12 @@ def _labels(store: Store) -> dict[str, str]:
     return {spec_id: " or ".join(names) for spec_id, names in labels.items()}
 
 
-def listed_takes(store: Store) -> list[Take]:
+def listed_takes(store: Readable) -> list[Take]:
     """Every take the store serves, under every dataset label it is listed by.
 
     ``Store.takes`` keeps one label of each; who is who (``protocols.identities``) needs them all.
     """
-    served = {take.id for take in store.takes()}
-    return [take for listing in store.listings() for take in listing.takes if take.id in served]
+    return store.listed_takes()
 
 
 # --- clips on the frame clock ----------------------------------------------------------------------
@@ -166,7 +165,7 @@ class Corpus:
 
 
 def fetch(
-    store: Store,
+    store: Readable,
     specs: Mapping[str, FeatureSpec],
     takes: Iterable[Take],
     on_event: Callable[[Fetched], None] | None = None,
@@ -175,12 +174,17 @@ def fetch(
 
     Raises BadInput, before anything is fetched, where the cache is too small for them.
     """
-    rows = ((spec.id, spec.row_id(take.clip.id, take.target)) for take in takes for spec in specs.values())
-    store.fetch([row for row in rows if store.has(*row)], on_event)
+    store.fetch(rows(store, specs, takes), on_event)
+
+
+def rows(store: Readable, specs: Mapping[str, FeatureSpec], takes: Iterable[Take]) -> list[tuple[str, str]]:
+    """Those rows, (spec id, row id), of ``takes`` that are there, each once."""
+    found = ((spec.id, spec.row_id(take.clip.id, take.target)) for take in takes for spec in specs.values())
+    return [row for row in dict.fromkeys(found) if store.has(*row)]
 
 
 def frames_of(
-    store: Store, specs: Mapping[str, FeatureSpec], people: Mapping[str, Sequence[Take]], fps: int
+    store: Readable, specs: Mapping[str, FeatureSpec], people: Mapping[str, Sequence[Take]], fps: int
 ) -> int:
     """F: the frames that ``load`` would load of these takes; nothing is read but lengths."""
     found = (_length(store, specs, take, fps) for takes in people.values() for take in takes)
@@ -188,7 +192,7 @@ def frames_of(
 
 
 def load(
-    store: Store,
+    store: Readable,
     specs: Mapping[str, FeatureSpec],
     people: Mapping[str, Sequence[Take]],
     names: Sequence[str],
@@ -227,7 +231,7 @@ def load(
     return Corpus(tuple(takes), tuple(who for who, _ in kept), offsets, features, target, tuple(skipped))
 
 
-def _length(store: Store, specs: Mapping[str, FeatureSpec], take: Take, fps: int) -> int | str:
+def _length(store: Readable, specs: Mapping[str, FeatureSpec], take: Take, fps: int) -> int | str:
     """Frames of a take, or why it cannot be used."""
     frames = {"clip": clock.frames(take.clip.samples, take.clip.rate, fps)}
     for name, spec in specs.items():
@@ -253,7 +257,7 @@ def _frames_of_steps(steps: int, fps: int) -> int:
 
 
 def _flat(
-    store: Store,
+    store: Readable,
     spec: FeatureSpec,
     takes: Sequence[Take],
     offsets: Tensor,
@@ -276,7 +280,7 @@ def _flat(
 
 
 def _targets(
-    store: Store, spec: FeatureSpec, takes: Sequence[Take], offsets: Tensor, names: Sequence[str]
+    store: Readable, spec: FeatureSpec, takes: Sequence[Take], offsets: Tensor, names: Sequence[str]
 ) -> Tensor:
     """(F, K) float32, the coefficients ``names`` in their order."""
     wanted = columns(names, spec.settings["names"], f"target features {spec.id[:12]}")

@@ -27,6 +27,7 @@ class FitOptions:
     rig             "lip32" or "arkit52": the coefficients that are predicted
     without         modalities (text, audio, image) and losses (temporal, semantic, motion) to leave out
     features        feature spec by modality, where the store has several: an id or its beginning
+    snapshot        read exactly what this snapshot of the store names, instead of all that is there now
     lookahead, context, max_context   frames
     Raises BadInput for values that cannot be.
     """
@@ -49,6 +50,7 @@ class FitOptions:
     without: tuple[str, ...] = ()
     protocol: str = "cross-subject"
     features: Mapping[str, str] = field(default_factory=dict)
+    snapshot: str | None = None
 
     def __post_init__(self) -> None:
         _one_of("preset", self.preset, PRESETS)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 import pmm
 from pmm import AlreadyThere, BadInput, NotFound
+from pmm.store import snapshots
 from pmm.store.cache import Fetched
 from pmm.store.catalog import Store
 from pmm.store.clip import Take
@@ -32,6 +33,7 @@ from pmm.store.digest import canonical_json, strict_json
 from pmm.store.feature import FeatureSpec
 from pmm.store.remote import is_address, place
 from pmm.store.rig import RIGS
+from pmm.store.snapshots import Readable, View
 from pmm.train import checkpoint, data, memory, protocols
 from pmm.train.checkpoint import FORMAT, State
 from pmm.train.data import Corpus, Skipped
@@ -43,7 +45,20 @@ from pmm.train.protocols import MEAN_STYLE, Merged
 
 CONFIG, METRICS, BEST, LAST = "config.json", "metrics.jsonl", "best.safetensors", "last.safetensors"
 
-Event = Fetched | Started | StepDone | EpochDone
+
+@dataclass(frozen=True)
+class Content:
+    """Event: what the run reads, as a snapshot of the store, with its id.
+
+    ``unpinned`` says why the snapshot could not be kept in the store; empty if it is there.
+    """
+
+    snapshot: str = ""
+    id: str = ""
+    unpinned: str = ""
+
+
+Event = Fetched | Content | Started | StepDone | EpochDone
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,7 @@ class Result:
     clips: int
     frames: int
     skipped: tuple[Skipped, ...]
+    content: Content = Content()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -67,6 +83,7 @@ class Result:
             "training_clips": self.clips,
             "training_frames": self.frames,
             "skipped": [asdict(one) for one in self.skipped],
+            "content": asdict(self.content),
         }
 
 
@@ -109,16 +126,21 @@ def _begin(
 ) -> Result:
     device = torch_device(options.device)
     schedule, names = options.schedule, RIGS[options.rig]
-    specs = data.choose_specs(store, options.fps, options.features, (*options.modalities, "target"))
+    chosen = View(store, snapshots.load(store, options.snapshot)) if options.snapshot else store
+    specs = data.choose_specs(chosen, options.fps, options.features, (*options.modalities, "target"))
     keywords = _head_keywords(options, specs)
-    split = protocols.split(options.protocol, data.listed_takes(store), options.seed)
+    split = protocols.split(options.protocol, data.listed_takes(chosen), options.seed)
     rows = HeadsConfig(**keywords, styles=1).image_rows
     sides = (split.train, split.validation)
-    _refuse_too_much(store, specs, sides, options, rows, device, memory_limit)
+    _refuse_too_much(chosen, specs, sides, options, rows, device, memory_limit)
     wanted = [take for name in ("train", "validation") for takes in split[name].values() for take in takes]
-    data.fetch(store, specs, wanted, tell)
+    if isinstance(chosen, View):
+        chosen.require(spec.id for spec in specs.values())
+    data.fetch(chosen, specs, wanted, tell)
+    content, source = _content(store, chosen, specs, wanted)
+    tell(content)
     parts = {
-        name: data.load(store, specs, split[name], names, options.fps, rows)
+        name: data.load(source, specs, split[name], names, options.fps, rows)
         for name in ("train", "validation")
     }
     corpus = parts["train"].to(device)
@@ -132,6 +154,7 @@ def _begin(
         "heads": heads.config.to_json(),
         "names": list(names),
         "fps": options.fps,
+        "content": asdict(content),
         "store": store.where if is_address(store.where) else str(store.path.resolve()),
         "specs": {name: spec.to_json() for name, spec in specs.items()},
         "made_with": {name: _made_with(store, spec) for name, spec in specs.items()},
@@ -146,7 +169,7 @@ def _begin(
 
 
 def _refuse_too_much(
-    store: Store,
+    store: Readable,
     specs: Mapping[str, FeatureSpec],
     sides: Sequence[protocols.Part],
     options: FitOptions,
@@ -159,6 +182,17 @@ def _refuse_too_much(
     needed = memory.corpus_bytes(frames, specs, len(RIGS[options.rig]), rows)
     limit = memory.available(device) if limit is None else limit
     memory.refuse_too_much(needed, limit, takes, options.modalities)
+
+
+def _content(
+    store: Store, chosen: Readable, specs: Mapping[str, FeatureSpec], wanted: Sequence[Take]
+) -> tuple[Content, View]:
+    """What a run is about to read, byte for byte: the snapshot it was given, or a new one of its own."""
+    if isinstance(chosen, View):
+        return Content(chosen.snapshot.name, chosen.snapshot.id), chosen
+    found = data.rows(store, specs, wanted)
+    snapshot, reason = snapshots.pin(store, found)
+    return Content(snapshot.name, snapshot.id, reason), View(store, snapshot)
 
 
 def _head_keywords(options: FitOptions, specs: Mapping[str, FeatureSpec]) -> dict[str, Any]:
@@ -196,7 +230,7 @@ def _new_heads(config: HeadsConfig, corpus: Corpus, seed: int, device: torch.dev
     return heads
 
 
-def _made_with(store: Store, spec: FeatureSpec) -> list[Any]:
+def _made_with(store: Readable, spec: FeatureSpec) -> list[Any]:
     """Every distinct account of what made the rows of ``spec``."""
     accounts = [dict(one.made_with) for one in store.fragments() if one.spec_id == spec.id]
     return [one for n, one in enumerate(accounts) if one not in accounts[:n]]
@@ -229,10 +263,13 @@ def _go_on(
         raise BadInput(
             f"the run in {path} was started with {other}; resume it without that option, or start a new run"
         )
-    sides = [part_of(run, store, name) for name in ("train", "validation")]
+    content = Content(**run.config.get("content", {}))
+    pinned = content.snapshot in snapshots.names(store)
+    source = View(store, snapshots.load(store, content.snapshot)) if pinned else store
+    sides = [part_of(run, source, name) for name in ("train", "validation")]
     rows = run.heads.config.image_rows
-    _refuse_too_much(store, run.specs, sides, run.options, rows, run.device, memory_limit)
-    parts = {name: load_part(run, store, name).to(run.device) for name in ("train", "validation")}
+    _refuse_too_much(source, run.specs, sides, run.options, rows, run.device, memory_limit)
+    parts = {name: load_part(run, source, name).to(run.device) for name in ("train", "validation")}
     for name, corpus in parts.items():
         if corpus.skipped:
             first = corpus.skipped[0]
@@ -274,7 +311,8 @@ def _train(run: Run, corpus: Corpus, validation: Corpus, tell: Callable[[Event],
         tell(event)
     skipped = tuple(Skipped(**one) for one in run.config["skipped"])
     clips, frames = len(corpus.takes), corpus.frames
-    return Result(run.path, state.epoch, state.best_epoch, state.best_lve, clips, frames, skipped)
+    content = Content(**run.config.get("content", {}))
+    return Result(run.path, state.epoch, state.best_epoch, state.best_lve, clips, frames, skipped, content)
 
 
 def _started(run: Run, corpus: Corpus, validation: Corpus, schedule: Schedule, state: State) -> Started:
@@ -419,7 +457,7 @@ def _open(path: Path, device: torch.device) -> Run:
         raise BadInput(f"{path / CONFIG} lacks something or is not from this pmm ({error})") from None
 
 
-def load_part(run: Run, store: Store, part: str) -> Corpus:
+def load_part(run: Run, store: Readable, part: str) -> Corpus:
     """The corpus of one part of a run's split, from exactly the features it was fitted on.
 
     Raises NotFound for features or takes that ``store`` does not have.
@@ -428,7 +466,7 @@ def load_part(run: Run, store: Store, part: str) -> Corpus:
     return data.load(store, run.specs, people, run.names, run.fps, run.heads.config.image_rows)
 
 
-def part_of(run: Run, store: Store, part: str) -> dict[str, tuple[Take, ...]]:
+def part_of(run: Run, store: Readable, part: str) -> dict[str, tuple[Take, ...]]:
     """The takes of one part of a run's split, by identity. Raises NotFound as ``load_part`` does."""
     missing = [name for name, spec in run.specs.items() if spec.id not in store.specs]
     if missing:
@@ -440,7 +478,7 @@ def part_of(run: Run, store: Store, part: str) -> dict[str, tuple[Take, ...]]:
     return {who: _takes(run, store, known, ids) for who, ids in run.config["split"][part].items()}
 
 
-def _takes(run: Run, store: Store, known: Mapping[str, Take], ids: Sequence[str]) -> tuple[Take, ...]:
+def _takes(run: Run, store: Readable, known: Mapping[str, Take], ids: Sequence[str]) -> tuple[Take, ...]:
     gone = [name for name in ids if name not in known]
     if gone:
         raise NotFound(

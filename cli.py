@@ -394,8 +394,18 @@ def _report(plan: Plan, outcome: Outcome | None, store: Path | str, as_json: boo
 )
 @click.option("--lookahead", type=click.IntRange(0), help="Frames of the future the decoder sees.")
 @click.option("--context", type=click.IntRange(1), help="Frames under each projection's kernel (odd).")
+@click.option("--max-context", type=click.IntRange(1), help="Frames of the past attention sees.")
+@click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), help="[default: 0.1]")
+@click.option("--window", type=click.FloatRange(1), help="Seconds read of longer takes.  [default: 20]")
 @click.option("--decoder-input", type=click.Choice(["aligned", "separate"]), help="[default: aligned]")
 @click.option("--loss-reduction", type=click.Choice(["sum", "mean"]), help="[default: sum]")
+@click.option(
+    "--without",
+    multiple=True,
+    type=click.Choice(["text", "audio", "image", "temporal", "semantic", "motion"]),
+    help="Leave out a modality or a loss; may be repeated.",
+)
+@click.option("--protocol", type=click.Choice(["cross-subject"]), help="[default: cross-subject]")
 @click.option(
     "--features", multiple=True, metavar="MODALITY=ID", help="Which features, where a store has several."
 )

@@ -9,10 +9,12 @@ audio is named by its packets, for decoders differ and packets do not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,8 +44,15 @@ _BLOCK = 1 << 16  # samples per channel read at once
 _FULL_SCALE = {"s8": 2**7, "s16": 2**15, "s24": 2**23, "s32": 2**31, "f32": 1, "f64": 1}
 
 
+Listener = Callable[[Iterator[np.ndarray]], Iterator[np.ndarray]]
+"""Sees the blocks of a clip, (n, channels) in its sample format, on their way to where they are named."""
+
+
 class Source(Protocol):
-    """Native audio of one file. ``blocks`` gives (n, channels) arrays of ``sample_format``."""
+    """Native audio of one file. ``clip`` names [start, end) in one pass, with ``listen`` to hear it.
+
+    ``samples`` may take decoding the whole file.
+    """
 
     @property
     def rate(self) -> int: ...
@@ -57,25 +66,25 @@ class Source(Protocol):
     @property
     def samples(self) -> int: ...
 
-    def blocks(self, start: int, end: int) -> Iterator[np.ndarray]: ...
-
-    def clip(self, start: int, end: int, blocks: Iterable[np.ndarray]) -> Clip: ...
+    def clip(self, start: int, end: int, listen: Listener) -> Clip: ...
 
 
 def probe(path: Path, start: int = 0, end: int | None = None) -> Clip:
     """The identity of the audio in ``path``, of its samples [start, end) at its own rate.
 
-    Reads the whole range once (twice for containers), in blocks.
+    Reads the range once, in blocks; a container is decoded once before, to learn its length.
 
     Raises NotFound if the file is missing, BadInput (one line) if it holds no usable audio: not
     audio, empty, truncated, silent to the last bit, not finite, or shorter than MIN_SECONDS.
     """
     source = _open(path)
-    end = source.samples if end is None else end
-    _check_range(path, source, start, end)
     heard = _Heard()
     with _reading(path):
-        clip = source.clip(start, end, heard.through(source.blocks(start, end)))
+        if source.samples == 0:
+            raise _no_samples(path)
+        end = source.samples if end is None else end
+        _check_range(path, source, start, end)
+        clip = source.clip(start, end, heard.through)
     heard.check(path, source.sample_format)
     return clip
 
@@ -85,26 +94,40 @@ def decode(path: Path, clip: Clip) -> np.ndarray:
 
     Channels are mixed by their mean and resampled to SPEECH_RATE as PREPROCESSING says.
 
-    Raises BadInput if the file no longer holds as many samples as the clip that was probed.
+    Raises BadInput if the file no longer holds the clip that was probed: its identity is computed
+    again from what is decoded, so that nothing is ever stored under the name of something else.
     """
-    import soxr
-
     source = _open(path)
-    if (source.rate, source.channels) != (clip.rate, clip.channels) or source.samples < clip.end:
-        raise _changed(path, clip, f"{source.samples} samples, {source.channels} x {source.rate} Hz")
-    quality = PREPROCESSING["quality"]
-    resampler = soxr.ResampleStream(clip.rate, clock.SPEECH_RATE, 1, dtype="float32", quality=quality)
-    scale = np.float32(1 / _FULL_SCALE[source.sample_format])
-    pieces, count = [], 0
+    if (source.rate, source.channels) != (clip.rate, clip.channels):
+        raise _changed(path, clip, f"{source.channels} x {source.rate} Hz")
+    speech = _Speech(clip.rate, source.sample_format)
     with _reading(path):
-        for block in source.blocks(clip.start, clip.end):
-            count += len(block)
-            mono = block.mean(axis=1, dtype=np.float64).astype(np.float32) * scale
-            pieces.append(resampler.resample_chunk(mono))
-    if count != clip.samples:
-        raise _changed(path, clip, f"{count} samples")
-    pieces.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
-    return _exactly(np.concatenate(pieces), clock.resampled(clip.samples, clip.rate))
+        found = source.clip(clip.start, clip.end, speech.through)
+    if found.id != clip.id:
+        raise _changed(path, clip, "of other content")
+    return speech.finish(clock.resampled(clip.samples, clip.rate))
+
+
+class _Speech:
+    """What the models hear of the native blocks that pass."""
+
+    def __init__(self, rate: int, sample_format: str):
+        import soxr
+
+        quality = PREPROCESSING["quality"]
+        self._resampler = soxr.ResampleStream(rate, clock.SPEECH_RATE, 1, dtype="float32", quality=quality)
+        self._scale = np.float32(1 / _FULL_SCALE[sample_format])
+        self._pieces: list[np.ndarray] = []
+
+    def through(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        for block in blocks:
+            mono = block.mean(axis=1, dtype=np.float64).astype(np.float32) * self._scale
+            self._pieces.append(self._resampler.resample_chunk(mono))
+            yield block
+
+    def finish(self, count: int) -> np.ndarray:
+        self._pieces.append(self._resampler.resample_chunk(np.zeros(0, np.float32), last=True))
+        return _exactly(np.concatenate(self._pieces), count)
 
 
 def _exactly(audio: np.ndarray, count: int) -> np.ndarray:
@@ -119,6 +142,18 @@ def _changed(path: Path, clip: Clip, found: str) -> BadInput:
         f"{path}: the file changed since it was probed: it was {clip.end} samples, {clip.channels} x "
         f"{clip.rate} Hz, and is {found}; run the command again"
     )
+
+
+def _ended(path: Path, wanted: int, found: int) -> BadInput:
+    """The header or a pass before announced more than came."""
+    return BadInput(
+        f"{path}: truncated, or changed since it was probed: {wanted} samples are wanted, it holds {found}; "
+        "copy it again or run the command again"
+    )
+
+
+def _no_samples(path: Path) -> BadInput:
+    return BadInput(f"{path}: is audio of 0 samples, expected speech")
 
 
 @dataclass
@@ -176,8 +211,6 @@ def _check_header(path: Path, source: Source) -> None:
             f"{path}: its header says {source.channels} channels at {source.rate} Hz; expected 1 to "
             f"{MAX_CHANNELS} at {RATES[0]} to {RATES[1]} Hz, it is damaged"
         )
-    if source.samples == 0:
-        raise BadInput(f"{path}: is audio of 0 samples, expected speech")
 
 
 @contextmanager
@@ -226,7 +259,7 @@ class _SoundFile:
             return None
         _check_chunks(path, head)
         try:
-            info = soundfile.info(str(path))
+            info = soundfile.info(_libsndfile_name(path))
         except soundfile.LibsndfileError:
             return None
         if info.subtype not in _SUBTYPES or not 0 <= info.frames < 1 << 48:
@@ -241,17 +274,22 @@ class _SoundFile:
         import soundfile
 
         _, dtype, shift = _SUBTYPES[self.subtype]
-        with soundfile.SoundFile(str(self.path)) as file:
-            file.seek(start)
+        with soundfile.SoundFile(_libsndfile_name(self.path)) as file:
+            file.seek(min(start, file.frames))
             while start < end:
                 block = file.read(min(_BLOCK, end - start), dtype=dtype, always_2d=True)
                 if not len(block):
-                    raise _cut_off(self.path, f"{end} samples", f"{start}")
+                    raise _ended(self.path, end, min(start, file.frames))
                 start += len(block)
                 yield _narrow(block >> shift if shift else block, self.sample_format)
 
-    def clip(self, start: int, end: int, blocks: Iterable[np.ndarray]) -> Clip:
-        return _hash_samples(self, start, end, blocks)
+    def clip(self, start: int, end: int, listen: Listener) -> Clip:
+        return _hash_samples(self, start, end, listen(self.blocks(start, end)))
+
+
+def _libsndfile_name(path: Path) -> str | bytes:
+    """A POSIX name is bytes, and not always UTF-8."""
+    return os.fsencode(path) if os.name == "posix" else str(path)
 
 
 def _narrow(block: np.ndarray, sample_format: str) -> np.ndarray:
@@ -308,7 +346,10 @@ def _movie(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class _Container:
-    """``silence`` samples of zeros stand before the first packet, where the track starts late."""
+    """``silence`` samples of zeros stand before the first packet, where the track starts late.
+
+    ``announced`` is how many samples the header of a movie says its track has.
+    """
 
     path: Path
     codec: str
@@ -318,7 +359,7 @@ class _Container:
     sample_format: str
     shift: int
     silence: int
-    samples: int
+    announced: int | None
 
     @classmethod
     def open(cls, path: Path) -> _Container:
@@ -332,7 +373,7 @@ class _Container:
                     raise BadInput(
                         f"{path}: its audio is of a codec that FFmpeg does not know; export it as WAV"
                     )
-                return cls._survey(path, container)
+                return cls._begin(path, container)
         except av.error.FFmpegError:
             raise BadInput(
                 f"{path}: not audio, or truncated or damaged: it cannot be opened as WAV, FLAC, AIFF, MOV, "
@@ -340,20 +381,15 @@ class _Container:
             ) from None
 
     @classmethod
-    def _survey(cls, path: Path, container: Any) -> _Container:
-        """Decode once to learn how many samples there are; headers of containers only estimate."""
+    def _begin(cls, path: Path, container: Any) -> _Container:
+        """Decode the first frame: it tells the format, and when the track starts."""
         stream = container.streams.audio[0]
         context = stream.codec_context
         private = bytes(context.extradata or b"")
         is_mov = container.format.name.startswith(_MOV)
-        announced = _at_rate(stream.duration, stream) if is_mov and stream.duration else None
-        count, silence, first = 0, 0, True
-        for frame in container.decode(stream):
-            if first and is_mov and frame.pts:
-                silence = max(0, _at_rate(frame.pts, stream))
-            first = False
-            count += frame.samples
-        count = _trimmed(path, count, announced, context.rate) + silence
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise _no_samples(path)
         sample_format, shift = _sample_format(context.name, context.format.name, private)
         return cls(
             path,
@@ -363,50 +399,66 @@ class _Container:
             context.channels,
             sample_format,
             shift,
-            silence,
-            count,
+            silence=max(0, _at_rate(first.pts, stream)) if is_mov and first.pts else 0,
+            announced=_at_rate(stream.duration, stream) if is_mov and stream.duration else None,
         )
+
+    @cached_property
+    def samples(self) -> int:
+        """Decodes once to learn it; headers of containers only estimate."""
+        with _movie(self.path) as container:
+            count = sum(frame.samples for frame in container.decode(container.streams.audio[0]))
+        return _trimmed(self.path, count, self.announced, self.rate) + self.silence
 
     @property
     def lossless(self) -> bool:
         return self.codec.startswith("pcm_") or self.codec in _LOSSLESS
 
-    def blocks(self, start: int, end: int) -> Iterator[np.ndarray]:
-        at = 0
-        for block in self._all_blocks():
-            wanted = block[max(0, start - at) : max(0, end - at)]
-            at += len(block)
-            if len(wanted):
-                yield wanted
-            if at >= end:
-                return
-
-    def _all_blocks(self) -> Iterator[np.ndarray]:
-        with _movie(self.path) as container:
-            for number, frame in enumerate(container.decode(container.streams.audio[0])):
-                block = frame.to_ndarray()
-                planar = frame.format.is_planar
-                block = block.T if planar else block.reshape(-1, frame.layout.nb_channels)
-                if block.shape[1] != self.channels:
-                    raise BadInput(f"{self.path}: its channel count changes midway; export it again")
-                block = _native(block, self.shift)
-                if number == 0 and self.silence:
-                    yield np.zeros((self.silence, self.channels), block.dtype)
-                yield block
-
-    def clip(self, start: int, end: int, blocks: Iterable[np.ndarray]) -> Clip:
+    def clip(self, start: int, end: int, listen: Listener) -> Clip:
+        passed: deque[bytes] = deque()
+        blocks = listen(self._blocks(start, end, passed))
         if self.lossless:
             return _hash_samples(self, start, end, blocks)
-        for _ in blocks:  # heard, for the checks; the packets make the name
-            pass
-        name = partial(lossy_clip, self.codec, self.private, self.rate, self.channels, start, end)
-        return name(self._packets())
+        name = partial(lossy_clip, self.codec, self.private, self.rate, self.channels, self.silence)
+        return name(start, end, _drained(passed, blocks))
 
-    def _packets(self) -> Iterator[bytes]:
+    def _blocks(self, start: int, end: int, passed: deque[bytes]) -> Iterator[np.ndarray]:
+        """The samples of [start, end). All packets, if lossy, go to ``passed``."""
+        at = 0
         with _movie(self.path) as container:
             for packet in container.demux(container.streams.audio[0]):
-                if packet.size:
-                    yield bytes(packet)
+                if packet.size and not self.lossless:
+                    passed.append(bytes(packet))
+                for block in self._decoded(packet, at) if at < end else ():
+                    wanted = block[max(0, start - at) : max(0, end - at)]
+                    at += len(block)
+                    if len(wanted):
+                        yield wanted
+                if at >= end and self.lossless:
+                    return
+        if at < end:
+            raise _ended(self.path, end, at)
+
+    def _decoded(self, packet: Any, at: int) -> Iterator[np.ndarray]:
+        """The (n, channels) blocks of one packet; before the first of all, the silence."""
+        for frame in packet.decode():
+            block = frame.to_ndarray()
+            block = block.T if frame.format.is_planar else block.reshape(-1, frame.layout.nb_channels)
+            if block.shape[1] != self.channels:
+                raise BadInput(f"{self.path}: its channel count changes midway; export it again")
+            block = _native(block, self.shift)
+            if at == 0 and self.silence:
+                yield np.zeros((self.silence, self.channels), block.dtype)
+            at += len(block)
+            yield block
+
+
+def _drained(passed: deque[bytes], blocks: Iterable[np.ndarray]) -> Iterator[bytes]:
+    """The packets as they pass while ``blocks`` are pulled to their end."""
+    for _ in blocks:
+        while passed:
+            yield passed.popleft()
+    yield from passed
 
 
 def _at_rate(ticks: int, stream: Any) -> int:

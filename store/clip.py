@@ -45,11 +45,11 @@ def lossless_clip(
 ) -> Clip:
     """The clip of native interleaved samples in [start, end), which come in ``blocks`` of bytes.
 
-    ``sample_format`` is a key of SAMPLE_BYTES. A WAV with other header chunks, or a FLAC of the
-    same integers, is the same clip.
+    ``sample_format`` is a key of SAMPLE_BYTES. A WAV with other header chunks, a FLAC of the same
+    integers, or the same samples cut out of another file, is the same clip.
     """
     fields = {"kind": "lossless", "rate": rate, "channels": channels, "format": sample_format}
-    running = Digest("clip", {**fields, "start": start, "end": end})
+    running = Digest("clip", {**fields, "samples": end - start})
     running.add_stream((end - start) * channels * SAMPLE_BYTES[sample_format], blocks)
     return Clip(running.hex(), rate, channels, start, end)
 
@@ -59,12 +59,18 @@ def lossy_clip(
     private: bytes,
     rate: int,
     channels: int,
+    silence: int,
     start: int,
     end: int,
     packets: Iterable[bytes | memoryview],
 ) -> Clip:
-    """The clip of compressed audio: codec, its private data and the packets in order (decoders differ)."""
-    running = Digest("clip", {"kind": "lossy", "codec": codec, "start": start, "end": end})
+    """The clip of compressed audio: codec, its private data and all packets in order (decoders differ).
+
+    [start, end) counts the samples they decode to, after ``silence`` samples of zeros before the
+    first, where the track starts later than its movie.
+    """
+    fields = {"kind": "lossy", "codec": codec, "rate": rate, "channels": channels}
+    running = Digest("clip", {**fields, "silence": silence, "start": start, "end": end})
     running.add(private)
     for packet in packets:
         running.add(packet)

@@ -326,6 +326,62 @@ def test_a_lost_spec_file_is_one_line_or_no_matter(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def long_corpus():
+    """Clips of 45, 90, 91 and 217 frames whose target counts the frames of all."""
+    offsets = torch.tensor([0, 45, 90, 91, 217]).cumsum(0)
+    target = torch.arange(int(offsets[-1])).float()[:, None]
+    takes = (Take(Clip("0" * 64, 16000, 1, 0, 1), "f" * 64, "x"),) * 4
+    return data.Corpus(takes, ("x",) * 4, offsets, {}, target)
+
+
+def test_windows_start_at_whole_periods_and_reach_every_frame():
+    corpus, seen = long_corpus(), set()
+    for epoch in range(200):
+        spans = data.windows(corpus, 90, 30, torch.Generator().manual_seed(epoch))
+        first = (spans.start - corpus.offsets[:-1]).tolist()
+        assert first[:2] == [0, 0]
+        assert spans.length[:2].tolist() == [45, 90]
+        assert all(start % 30 == 0 for start in first)
+        assert int(spans.length.max()) <= 90
+        (batch,) = data.batches(corpus, torch.tensor([3]), 1, spans=spans)
+        values = batch.target[batch.valid][:, 0].long().tolist()
+        assert values == list(range(values[0], values[0] + len(values)))
+        assert values[0] == int(spans.start[3])
+        seen |= set(values)
+    assert seen == set(range(45 + 90 + 91, 45 + 90 + 91 + 217))
+
+
+def test_the_window_of_a_clip_changes_with_the_epoch_and_not_with_the_run():
+    drawn = [
+        data.windows(long_corpus(), 90, 30, torch.Generator().manual_seed(n)).start for n in (0, 1, 2, 0)
+    ]
+    assert torch.equal(drawn[0], drawn[3])
+    assert len({tuple(start.tolist()) for start in drawn}) > 1
+
+
+def test_long_takes_train_by_windows_and_short_ones_as_ever(store, fitted, tmp_path):
+    """All takes are under two seconds: a window of two changes no bit, one of one second does."""
+    _, _, events = fitted
+    two, one, resumed = [], [], []
+    fit(store, tmp_path / "two", replace(QUICK, window=2.0), two.append)
+    assert history(two) == history(events)
+    options = replace(QUICK, window=1.0)
+    fit(store, tmp_path / "one", options, one.append)
+    assert history(one) != history(events)
+
+    def stop(event):
+        if isinstance(event, StepDone) and event.epoch == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fit(store, tmp_path / "broken", options, stop)
+    fit(store, tmp_path / "broken", FitOptions(), resumed.append, resume=True)
+    assert resumed[-1].losses == one[-1].losses
+    assert load_run(tmp_path / "broken").config["schedule"]["window"] == 1.0
+    with pytest.raises(BadInput, match=r"window 0.5 s: it must be at least 1 s"):
+        fit(store, tmp_path / "none", replace(QUICK, window=0.5))
+
+
 # --- fit -------------------------------------------------------------------------------------------
 
 

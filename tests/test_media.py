@@ -1,5 +1,6 @@
 """Audio identity and decoding: what is the same clip, what the models hear, what is refused."""
 
+import os
 from pathlib import Path
 
 import av
@@ -78,6 +79,15 @@ def test_24_and_8_bits_agree_between_wav_flac_and_alac(tmp_path):
     assert len({media.probe(path).id for path in narrow}) == 1
 
 
+def test_the_same_samples_cut_out_elsewhere_are_the_same_clip(tmp_path):
+    x = tone()
+    part = media.probe(wav(tmp_path / "part.wav", x[5_000:40_000]))
+    cut = media.probe(wav(tmp_path / "whole.wav", x), 5_000, 40_000)
+    assert (cut.id, cut.start, cut.end) == (part.id, 5_000, 40_000)
+    movie = encode(tmp_path / "whole.mov", x, "pcm_s16le")
+    assert media.probe(movie, 5_000, 40_000).id == part.id
+
+
 def test_one_sample_the_rate_or_the_range_makes_another_clip(tmp_path):
     x = tone()
     y = x.copy()
@@ -129,6 +139,14 @@ def test_a_track_that_starts_late_in_its_movie_begins_with_silence(tmp_path):
     assert np.abs(heard[1650:1750]).max() > 1e-2
 
 
+def test_lossy_packets_that_start_late_in_their_movie_are_another_clip(tmp_path):
+    x = tone()
+    early = media.probe(encode(tmp_path / "early.m4a", x, "aac"))
+    late = encode(tmp_path / "late.m4a", x, "aac", late=4800)
+    assert media.probe(late).samples > early.samples + 4000
+    assert media.probe(late, 0, early.end).id != early.id
+
+
 @pytest.mark.parametrize("rate", [16_000, 22_050, 44_100, 48_000, 96_000])
 def test_decode_gives_exactly_the_clocks_count_at_any_rate(tmp_path, rate):
     path = wav(tmp_path / "a.wav", tone(1.2345, rate), rate)
@@ -153,8 +171,8 @@ def test_channels_are_mixed_by_their_mean(tmp_path):
 def test_a_long_file_is_read_in_blocks(tmp_path):
     x = np.tile(tone(), 30)
     path = wav(tmp_path / "long.wav", x)
-    source = media._open(path)
-    sizes = [len(block) for block in source.blocks(0, source.samples)]
+    source, sizes = media._open(path), []
+    source.clip(0, source.samples, lambda blocks: (sizes.append(len(block)) or block for block in blocks))
     assert max(sizes) <= 1 << 16
     assert sum(sizes) == len(x)
 
@@ -254,10 +272,67 @@ def test_silence_short_clips_and_numbers_that_are_none(tmp_path):
     refused(wav(tmp_path / "slow.wav", tone(), 10), "10 Hz")
 
 
-def test_decode_refuses_a_file_that_changed_since(tmp_path):
-    path = wav(tmp_path / "a.wav", tone())
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.mov", "a.m4a"])
+def test_decode_refuses_a_file_that_changed_since(tmp_path, name):
+    path = tmp_path / name
+
+    def record(samples: np.ndarray) -> None:
+        path.unlink(missing_ok=True)
+        if path.suffix in (".mov", ".m4a"):
+            encode(path, samples, "aac" if path.suffix == ".m4a" else "pcm_s16le")
+        else:
+            wav(path, samples)
+
+    record(tone())
     clip = media.probe(path)
-    path.unlink()
-    wav(path, tone(0.5))
+    media.decode(path, clip)
+    record(tone(0.5))
     with pytest.raises(BadInput, match="changed since it was probed"):
         media.decode(path, clip)
+    record(tone(hz=441))
+    with pytest.raises(BadInput) as caught:
+        media.decode(path, clip)
+    assert str(caught.value) == (
+        f"{path}: the file changed since it was probed: it was 48000 samples, 1 x 48000 Hz, and is of other "
+        "content; run the command again"
+    )
+    record(tone())
+    media.decode(path, clip)
+
+
+def test_decode_of_part_of_a_file_minds_that_part_only(tmp_path):
+    x = tone()
+    clip = media.probe(wav(tmp_path / "a.wav", x), 5_000, 30_000)
+    x[40_000:] = 0
+    media.decode(wav(tmp_path / "a.wav", x), clip)
+    x[29_999] += 1
+    with pytest.raises(BadInput, match="is of other content"):
+        media.decode(wav(tmp_path / "a.wav", x), clip)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only POSIX names are bytes")
+@pytest.mark.parametrize("name", [b"\xff bad.wav", b"\xff bad.flac", b"\xff bad.m4a"])
+def test_names_that_are_not_utf_8(tmp_path, name):
+    plain = tmp_path / ("plain" + Path(os.fsdecode(name)).suffix)
+    encode(plain, tone(), "aac") if plain.suffix == ".m4a" else wav(plain, tone())
+    path = plain.rename(tmp_path / os.fsdecode(name))
+    clip = media.probe(path)
+    assert len(media.decode(path, clip)) == 16_000
+    path.write_bytes(path.read_bytes()[:20])
+    refused(path, "truncated")
+
+
+def test_what_decode_makes_of_48_khz_stereo_is_pinned(tmp_path):
+    """If this fails, what the models hear changed: it must say so in PREPROCESSING."""
+    expected = {"downmix": "mean", "resampler": "soxr", "quality": "HQ", "rate": 16_000}
+    assert expected == media.PREPROCESSING
+    noise = np.random.Generator(np.random.PCG64(7)).integers(-20_000, 20_000, (RATE, 2))
+    path = wav(tmp_path / "noise.wav", noise.astype(np.int16))
+    heard = media.decode(path, media.probe(path))
+    assert heard.shape == (16_000,)
+    assert (float(heard.mean()), float(heard.std())) == pytest.approx(MEAN_AND_STD, abs=1e-4)
+    assert heard[[0, 1, 800, 5_000, 9_999, 15_998, 15_999]].tolist() == pytest.approx(HEARD, abs=1e-4)
+
+
+MEAN_AND_STD = (0.001271, 0.140394)
+HEARD = [0.261681, 0.022496, 0.152446, -0.296383, -0.030927, -0.262238, 0.130761]

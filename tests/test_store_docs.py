@@ -99,9 +99,8 @@ def test_ids_follow_from_what_the_page_says(store):
     header, line = map(json.loads, sheet.read_bytes().splitlines())
     assert hashlib.sha256(sheet.read_bytes().split(b"\n", 1)[1]).hexdigest() == header["body"]
     assert spelled("take", {key: line[key] for key in ("clip", "subject", "target")}) == line["take"]
-    fields = {"kind": "lossless", "format": "s16"} | {
-        k: line[k] for k in ("rate", "channels", "start", "end")
-    }
+    fields = {"kind": "lossless", "format": "s16", "samples": line["end"] - line["start"]}
+    fields |= {key: line[key] for key in ("rate", "channels")}
     assert spelled("clip", fields, b"abcd") == line["clip"]
     shown = re.search(r"A line has (.*?)\.\n", PAGE, re.DOTALL)[1]
     assert set(re.findall(r"`(\w+)`", shown)) == set(line)

@@ -7,17 +7,21 @@ import numpy as np
 
 from pmm.store.care import verify
 from pmm.store.catalog import Store
-from pmm.store.clip import lossless_clip
 from pmm.store.feature import FeatureSpec
 
 GOLDEN = Path(__file__).parent / "data/store-1"
 AUDIO = FeatureSpec("audio", "golden/1", "float16", (6,), None, {"weights": "none"})
 IMAGE = FeatureSpec("image", "golden/1", "uint8", (2, 2, 3), 30, {"face": "none"})
+CLIPS = {
+    0: "d08965367a89e5abc9bbead22365cbf7eb623afe2f2a168bfef5d5d9dcc76f8c",
+    2: "d2d94d4e8a2d3d8a2eec34ee550c328bc0c8dd2f48fd497d5d18782049e874e5",
+    3: "bba00bc0dc70f49a9090ebafa9dfc51a76d716c70b6d5cb7ff17e44c8804cd5a",
+}
 
 
 def clip(number):
-    samples = np.arange(number, number + 320, dtype="<i2")
-    return lossless_clip(16000, 1, "s16", 0, 320, [samples.tobytes()]).id
+    """The names its clips were given then: a store keeps names, and does not ask how they were made."""
+    return CLIPS[number]
 
 
 def rows(number, length, spec):

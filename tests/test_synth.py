@@ -325,6 +325,72 @@ def test_a_folder_with_anything_in_it_is_left_alone(tmp_path, made):
         synth.write_corpus(spec, tmp_path / "notes.txt")
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_run_leaves_nothing_and_hinders_no_other(tmp_path, stop):
+    spec = synth.CorpusSpec(minutes=0.2, subjects=1)
+    (tmp_path / "mine.txt").write_text("mine")
+    seen: list[list[str]] = []
+
+    def halt(_: synth.TakeWritten) -> None:
+        seen.append(sorted(path.name for path in tmp_path.iterdir()))
+        raise stop
+
+    with pytest.raises(stop):
+        synth.write_corpus(spec, tmp_path / "new" / "talk", halt)
+    assert seen == [["mine.txt", "new"]]
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    (tmp_path / "new" / "talk").mkdir(parents=True)
+    with pytest.raises(stop):
+        synth.write_corpus(spec, tmp_path / "new" / "talk", halt)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["talk"], "an empty folder is not ours"
+    synth.write_corpus(spec, tmp_path / "new" / "talk")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["talk"]
+    assert len(datasets.find(tmp_path / "new" / "talk").recordings) == len(synth.plan(spec))
+
+
+def test_a_killed_run_does_not_block_the_same_command(tmp_path):
+    program = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from pmm.precompute import synth\n"
+        "spec = synth.CorpusSpec(minutes=0.2, subjects=1)\n"
+        "synth.write_corpus(spec, Path(sys.argv[1]) / 'talk', lambda event: os._exit(9))\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", program, str(tmp_path)], check=False)
+    assert done.returncode == 9
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith("talk.")
+    assert left.name.endswith(".partial")
+    before = sorted(left.rglob("*"))
+    synth.write_corpus(synth.CorpusSpec(minutes=0.1, subjects=1), tmp_path / "talk")
+    assert {path.name for path in tmp_path.iterdir()} == {"talk", left.name}
+    assert sorted(left.rglob("*")) == before, "what another run made is not taken away"
+
+
+def test_a_folder_that_was_filled_meanwhile_is_left_alone(tmp_path):
+    def fill(_: synth.TakeWritten) -> None:
+        (tmp_path / "talk").mkdir()
+        (tmp_path / "talk" / "notes.txt").write_text("mine")
+
+    with pytest.raises(AlreadyThere, match="is no longer empty or cannot be replaced"):
+        synth.write_corpus(synth.CorpusSpec(minutes=0.05, subjects=1), tmp_path / "talk", fill)
+    assert [path.name for path in tmp_path.rglob("*")] == ["talk", "notes.txt"]
+
+
+def test_a_made_corpus_has_the_permissions_of_any_new_folder(tmp_path):
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o770)
+    (tmp_path / "link").symlink_to("shared")
+    spec = synth.CorpusSpec(minutes=0.05, subjects=1)
+    synth.write_corpus(spec, tmp_path / "talk")
+    synth.write_corpus(spec, tmp_path / "link")
+    assert (tmp_path / "talk").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "shared").stat().st_mode & 0o777 == 0o770
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "link" / "subjects.csv").exists()
+
+
 @pytest.mark.parametrize(
     "options",
     [

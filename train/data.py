@@ -330,13 +330,42 @@ def batch_plan(lengths: Tensor, indices: Tensor, batch_size: int, generator: tor
     return [batches[n] for n in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def gather(corpus: Corpus, clips: Tensor) -> Batch:
-    """The clips of these numbers (B,), gathered by index where the corpus lies.
+@dataclass(frozen=True)
+class Spans:
+    """What is read of each clip: ``length`` (N,) frames of the flat tensors from ``start`` (N,)."""
+
+    start: Tensor
+    length: Tensor
+
+
+def whole(corpus: Corpus) -> Spans:
+    """Every clip from end to end."""
+    return Spans(corpus.offsets[:-1], corpus.lengths)
+
+
+def windows(corpus: Corpus, longest: int, period: int, generator: torch.Generator) -> Spans:
+    """One window of at most ``longest`` frames of each clip; a clip that is no longer is read whole.
+
+    A window starts at a random multiple of ``period`` within its clip, so that its frames have the
+    positions they have in the clip, and late enough at the most to reach the clip's end.
+    """
+    lengths = corpus.lengths.cpu()
+    starts = (lengths - longest).clamp(min=0).add(period - 1) // period + 1
+    draw = torch.rand(len(lengths), generator=generator, dtype=torch.float64)
+    first = (draw * starts).long() * period
+    length = (lengths - first).clamp(max=longest)
+    device = corpus.offsets.device
+    return Spans(corpus.offsets[:-1] + first.to(device), length.to(device))
+
+
+def gather(corpus: Corpus, clips: Tensor, spans: Spans | None = None) -> Batch:
+    """The clips of these numbers (B,), or their ``spans``, gathered by index where the corpus lies.
 
     Past its end a clip repeats its last frame: finite, and masked by ``valid``.
     """
+    spans = spans or whole(corpus)
     clips = clips.to(corpus.offsets.device)
-    start, length = corpus.offsets[clips], corpus.lengths[clips]
+    start, length = spans.start[clips], spans.length[clips]
     frame = torch.arange(int(length.max()), device=start.device)
     rows = start[:, None] + torch.minimum(frame, length[:, None] - 1)
     features = {name: x[rows] for name, x in corpus.features.items()}
@@ -344,16 +373,24 @@ def gather(corpus: Corpus, clips: Tensor) -> Batch:
 
 
 def batches(
-    corpus: Corpus, indices: Tensor, batch_size: int, generator: torch.Generator | None = None
+    corpus: Corpus,
+    indices: Tensor,
+    batch_size: int,
+    generator: torch.Generator | None = None,
+    spans: Spans | None = None,
 ) -> Iterator[Batch]:
-    """Batches of the clips ``indices`` (n,): shuffled by ``generator``, or by length without one."""
-    lengths = corpus.lengths.cpu()
+    """Batches of the clips ``indices`` (n,), or of their ``spans``.
+
+    Shuffled by ``generator``, or by length without one.
+    """
+    spans = spans or whole(corpus)
+    lengths = spans.length.cpu()
     if generator is None:
         plan = list(indices[lengths[indices].argsort(stable=True)].split(batch_size))
     else:
         plan = batch_plan(lengths, indices, batch_size, generator)
     for clips in plan:
-        yield gather(corpus, clips)
+        yield gather(corpus, clips, spans)
 
 
 def image_statistics(frames: Tensor) -> tuple[Tensor, float]:

@@ -1,7 +1,8 @@
 """The training loop.
 
-What is random in it (the order of clips, dropout) is a function of the seed and of the number of
-the epoch or step, so the number is all that must be kept to go on exactly where a run stopped.
+What is random in it (the order of clips, the windows of long ones, dropout) is a function of the
+seed and of the number of the epoch or step, so the number is all that must be kept to go on exactly
+where a run stopped.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 from pmm import BadInput
+from pmm.store import clock
 from pmm.store.digest import digest
 from pmm.train import losses, metrics
-from pmm.train.data import Batch, Corpus, batches
+from pmm.train.data import Batch, Corpus, batches, windows
 from pmm.train.heads import Heads
 from pmm.train.losses import Losses, Weights
 from pmm.train.protocols import Merged
@@ -33,6 +35,8 @@ class Schedule:
     batch_size     clips
     learning_rate  of Adam; with ``cosine`` it rises over the first ``warm_up`` of all steps and then
                    falls to zero along half a cosine; without, it stays
+    window         seconds; an epoch reads one window of this length of each clip that is longer, at
+                   another place each time: the temporal loss of a clip costs the square of its length
     """
 
     epochs: int
@@ -40,6 +44,7 @@ class Schedule:
     learning_rate: float
     warm_up: float = 0.0
     cosine: bool = False
+    window: float = 20.0
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1 or not 0 < self.learning_rate < math.inf:
@@ -47,6 +52,8 @@ class Schedule:
                 f"epochs {self.epochs}, batch size {self.batch_size}, learning rate {self.learning_rate}: "
                 "each must be above zero"
             )
+        if not 1 <= self.window < math.inf:
+            raise BadInput(f"window {self.window} s: it must be at least 1 s, and finite")
 
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -140,18 +147,23 @@ def train(
 ) -> Iterator[StepDone | EpochDone]:
     """Train ``heads`` in place; yields an event after every step and every epoch.
 
-    ``styles`` (N,) is the number of each clip's style. The heads may be saved when EpochDone comes.
-    Raises BadInput if the loss is no longer finite.
+    ``styles`` (N,) is the number of each clip's style. Clips longer than the schedule's window train
+    by windows; the one of a clip in an epoch depends on the seed and both numbers only. The heads may
+    be saved when EpochDone comes. Raises BadInput if the loss is no longer finite.
     """
     indices = torch.arange(len(corpus.takes))
     steps = -(-len(indices) // schedule.batch_size)
+    fps = heads.config.fps  # the period of the positions, too
+    longest = clock.frames_in(schedule.window, fps)
     for epoch in range(first_epoch, schedule.epochs):
         began = time.perf_counter()
         heads.train()
         order = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
+        chance = torch.Generator().manual_seed(seed_of(seed, "window", epoch))
+        spans = windows(corpus, longest, fps, chance)
         done: list[tuple[int, dict[str, float]]] = []
         frames = 0
-        for step, batch in enumerate(batches(corpus, indices, schedule.batch_size, order)):
+        for step, batch in enumerate(batches(corpus, indices, schedule.batch_size, order, spans)):
             number = epoch * steps + step
             rate = learning_rate(schedule, number, schedule.epochs * steps)
             for group in optimiser.param_groups:

@@ -29,6 +29,7 @@ class FitOptions:
     features        feature spec by modality, where the store has several: an id or its beginning
     snapshot        read exactly what this snapshot of the store names, instead of all that is there now
     lookahead, context, max_context   frames
+    window          seconds that an epoch reads of a longer take
     Raises BadInput for values that cannot be.
     """
 
@@ -38,6 +39,7 @@ class FitOptions:
     epochs: int | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
+    window: float | None = None
     seed: int = 0
     device: str = "auto"
     lookahead: int | None = None
@@ -72,7 +74,7 @@ class FitOptions:
 
     @property
     def schedule(self) -> Schedule:
-        own = {name: getattr(self, name) for name in ("epochs", "batch_size", "learning_rate")}
+        own = {name: getattr(self, name) for name in ("epochs", "batch_size", "learning_rate", "window")}
         given = {name: value for name, value in own.items() if value is not None}
         return Schedule(**{**SCHEDULES[self.preset], **given})
 

@@ -6,11 +6,15 @@ waves differ a little from run to run (see ``voice``), and the curves follow the
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -173,12 +177,18 @@ def write_corpus(
     """Speak and animate every take of ``plan(spec)`` into the new or empty folder ``out``.
 
     ``out/<subject>/<take>/<take>_<subject>`` with .csv (Live Link Face), .wav (16-bit mono) and .txt;
-    ``out/subjects.csv`` comes last, so a folder that has it is complete.
+    All is written to a folder beside it, ``<out>.<random>.partial``, which becomes ``out`` when it is
+    whole. On an error or Ctrl-C what was made is taken away; what a killed run leaves hinders no other.
 
     Raises AlreadyThere if anything is in ``out``, ExtraMissing without espeak-ng.
     """
     require_engine()
-    _claim(out)
+    with _made_beside(out) as partial:
+        return _write_takes(spec, partial, on_event)
+
+
+def _write_takes(spec: CorpusSpec, out: Path, on_event: Callable[[TakeWritten], None] | None) -> Summary:
+    """The same, into a folder of our own; ``subjects.csv`` comes last."""
     takes = plan(spec)
     unknown: Counter[str] = Counter()
     total = 0.0
@@ -194,19 +204,57 @@ def write_corpus(
     return Summary(len(takes), len(speakers), total, tuple(sorted(unknown.items())))
 
 
-def _claim(out: Path) -> None:
+@contextmanager
+def _made_beside(out: Path) -> Iterator[Path]:
+    """A new folder that becomes ``out`` if all goes well, and else goes away with the parents made for it."""
+    _check_free(out)
+    place = Path(os.path.realpath(out))  # an empty folder may be there, or a link to one
+    partial = place.with_name(f"{place.name}.{uuid4().hex[:8]}.partial")
+    new = [folder for folder in place.parents if not folder.exists()]
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise BadInput(f"{out}: cannot be made ({error.strerror}); choose another place") from None
+    try:
+        yield partial
+        _put_in_place(partial, place, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # not ours alone any more
+            for folder in new:
+                folder.rmdir()
+        raise
+
+
+def _check_free(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise AlreadyThere(f"{out}: is a file, expected a new folder; choose another name")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        taken = next(out.iterdir(), None)
+        taken = next(out.iterdir(), None) if out.exists() else None
     except OSError as error:
-        raise BadInput(f"{out}: cannot be made ({error.strerror}); choose another place") from None
+        raise BadInput(f"{out}: cannot be read ({error.strerror}); choose another place") from None
     if taken is not None:
         complete = "a finished corpus" if (out / "subjects.csv").exists() else f"it holds {taken.name}"
         raise AlreadyThere(
             f"{out}: is not empty ({complete}) and nothing is overwritten; choose another name"
         )
+    if out.is_mount():
+        raise BadInput(f"{out}: is a disk's own top folder; name a new folder in it")
+
+
+def _put_in_place(partial: Path, place: Path, out: Path) -> None:
+    """Takes the place of an empty folder; of nothing else."""
+    try:
+        if place.is_dir():
+            shutil.copymode(place, partial)
+            if os.name == "nt":  # elsewhere renaming replaces an empty folder
+                place.rmdir()
+        partial.rename(place)
+    except OSError as error:
+        raise AlreadyThere(
+            f"{out}: is no longer empty or cannot be replaced ({error.strerror}), and nothing is "
+            "overwritten; choose another name"
+        ) from None
 
 
 def _write_take(spec: CorpusSpec, take: PlannedTake, out: Path) -> tuple[float, list[str]]:

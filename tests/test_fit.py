@@ -807,6 +807,71 @@ print(evaluate(load_run(sys.argv[2]), store).clips)
 """
 
 
+COMMAND_WITHOUT_TRANSFORMERS = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("transformers", "dask", "distributed"):
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Blocked())
+from pmm.cli import main
+main(sys.argv[1:])
+"""
+
+
+def command(*args):
+    line = [sys.executable, "-P", "-c", COMMAND_WITHOUT_TRANSFORMERS, *map(str, args)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120)
+
+
+def test_the_commands_need_no_transformers_no_dask_and_no_right_to_write(tmp_path):
+    """``pmm fit`` and ``pmm eval`` of a store in folders that nobody may write to."""
+    make_store(tmp_path / "store", subjects=3, clips=1)
+    folders = [tmp_path / "store", *(path for path in (tmp_path / "store").rglob("*") if path.is_dir())]
+    contents = [tmp_path / "store", *(tmp_path / "store").rglob("*")]
+    before = {path: path.stat().st_mtime_ns for path in contents}
+    for folder in folders:
+        folder.chmod(0o555)
+    try:
+        options = ("--without", "text", "--without", "semantic", "--max-context", 60, "--dropout", 0)
+        options += ("--protocol", "cross-subject", "--window", 5, "--epochs", 1, "--device", "cpu")
+        done = command("fit", tmp_path / "store", "--run", tmp_path / "run", *options)
+        assert done.returncode == 0, done.stderr
+        scored = command("eval", tmp_path / "run", "--json")
+    finally:
+        for folder in folders:
+            folder.chmod(0o755)
+    assert scored.returncode == 0, scored.stderr
+    assert json.loads(scored.stdout)["clips"] == 1
+    assert [tmp_path / "store", *(tmp_path / "store").rglob("*")] == contents
+    assert {path: path.stat().st_mtime_ns for path in contents} == before
+    run = load_run(tmp_path / "run")
+    assert run.options.without == ("text", "semantic")
+    config = run.heads.config
+    assert (config.modalities, config.max_context, config.dropout) == (("image", "audio"), 60, 0)
+    assert run.config["schedule"]["window"] == 5
+
+
+def test_leaving_every_modality_out_is_one_line(pmm, store, tmp_path):
+    without = [part for name in ("text", "audio", "image") for part in ("--without", name)]
+    done = pmm("fit", store.path, "--run", tmp_path / "run", *without)
+    assert done.code == 1
+    assert done.complaint == "modalities none: at least one of image, text, audio must remain"
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_says_who_counts_as_one_person(pmm, tmp_path):
+    store = make_store(tmp_path / "store", subjects=4, clips=1)
+    first, second, *_ = store.takes()
+    copy = replace(first, subject=second.subject, source="person1/copy.wav")
+    store.publish_takes(
+        "studio", [*store.takes(), copy], {"host": "here", "root": "/there", "layout": "made-up"}
+    )
+    done = pmm("fit", store.path, "--run", tmp_path / "run", "--epochs", 1, "--device", "cpu")
+    said = f"person0, person1 share clip {first.clip.id[:12]} (person0/take0.wav) and count as one person"
+    assert f"people    {said}" in done.err.splitlines()
+
+
 def test_fit_and_evaluate_need_no_transformers_and_no_dask(store, tmp_path):
     command = [sys.executable, "-P", "-c", WITHOUT_TRANSFORMERS, str(store.path), str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

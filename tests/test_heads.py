@@ -245,7 +245,7 @@ def test_config_survives_json():
         ({"context": 4}, "context 4: it must be an odd number of frames, such as 1 or 5"),
         ({"lookahead": -1}, "lookahead -1, max_context 600: they must be at least 0 and 1"),
         ({"decoder_input": "both"}, "decoder input 'both' is neither 'aligned' nor 'separate'"),
-        ({"modalities": ()}, r"modalities \(\): at least one of image, text, audio must remain"),
+        ({"modalities": ()}, "modalities none: at least one of image, text, audio must remain"),
         ({"attention_heads": 3}, "widths 8 and 32 must divide by 3, the number of attention heads"),
     ],
 )

@@ -51,8 +51,7 @@ def choose_specs(
 def _choose(store: Readable, modality: str, fps: int, wanted: str, made_by: Mapping[str, str]) -> FeatureSpec:
     present = [store.specs[name] for name in made_by if store.specs[name].modality == modality]
     present.sort(key=lambda spec: (spec.fps or 0, spec.id))
-    lost = {one.spec_id for one in store.fragments()} - set(store.specs)
-    if not present and lost:
+    if not present and (lost := {one.spec_id for one in store.fragments()} - set(store.specs)):
         raise NotFound(
             f"the store at {store.where} holds no {modality} features that can be told apart: "
             f"specs/{min(lost)}.json, which describes some, is lost or damaged; run "

@@ -78,9 +78,8 @@ class HeadsConfig:
 
     def __post_init__(self) -> None:
         if not self.modalities or any(name not in MODALITIES for name in self.modalities):
-            raise BadInput(
-                f"modalities {self.modalities}: at least one of {', '.join(MODALITIES)} must remain"
-            )
+            found = ", ".join(self.modalities) or "none"
+            raise BadInput(f"modalities {found}: at least one of {', '.join(MODALITIES)} must remain")
         if self.context < 1 or self.context % 2 == 0:
             raise BadInput(f"context {self.context}: it must be an odd number of frames, such as 1 or 5")
         if self.lookahead < 0 or self.max_context < 1:

@@ -23,6 +23,7 @@ import wave
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -55,7 +56,7 @@ class Size:
     planned_clips: int
 
 
-FULL = Size(160, 15, 60, 40, 1_000_000, 16_000, 100_000)
+FULL = Size(160, 15, 60, 80, 1_000_000, 16_000, 100_000)
 QUICK = Size(4, 3, 4, 2, 2_000, 320, 60)
 
 
@@ -322,15 +323,21 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def rounds(count: int, jobs: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds of each job in each round; every round runs all of them, each time in another order."""
-    for job in jobs.values():
-        job()  # warm
+def rounds(
+    count: int, jobs: dict[str, Callable[[], object]], warm: bool, after: Callable[[], None] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each job in each round; every round runs all of them, each time in another order.
+
+    ``warm``: just before, the same job runs unmeasured, as the kernel takes idle pages from its cache.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     names = list(jobs)
     for turn in range(count):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            if warm:
+                jobs[name]()
             seconds[name].append(timed(jobs[name]))
+            after()
     return seconds
 
 
@@ -370,8 +377,8 @@ def reading(root: Path, size: Size) -> dict[str, object]:
     whole = {name: load_job(one) for name, one in opened.items() if name != "webdataset"}
     result = {
         "bytes": total,
-        "windows": told(rounds(size.rounds, random), window_bytes),
-        "full_load": told(rounds(size.rounds, whole), total),
+        "windows": told(rounds(size.rounds, random, warm=True), window_bytes),
+        "full_load": told(rounds(size.rounds, whole, warm=True), total),
     }
     shutil.rmtree(root)
     root.mkdir()
@@ -404,19 +411,16 @@ def _check(opened: dict[str, object], data: Data, windows: list[tuple[str, int, 
 def writing(root: Path, size: Size) -> dict[str, object]:
     data = features(size.written_clips)
     total = sum(array.nbytes for arrays in data.values() for array in arrays)
-    numbers = iter(range(1 << 30))
+    folder = root / "written"
+    folder.mkdir()
 
-    def job(kind) -> Callable[[], object]:
-        def write() -> None:
-            folder = root / str(next(numbers))
-            folder.mkdir()
-            kind.write(folder, data)
+    def clear() -> None:
+        shutil.rmtree(folder)
+        folder.mkdir()
 
-        return write
-
-    seconds = rounds(size.rounds, {kind.name: job(kind) for kind in _installed().values()})
-    shutil.rmtree(root)
-    root.mkdir()
+    jobs = {kind.name: partial(kind.write, folder, data) for kind in _installed().values()}
+    seconds = rounds(size.rounds, jobs, warm=False, after=clear)
+    shutil.rmtree(folder)
     return {"bytes": total, **told(seconds, total)}
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -292,8 +291,7 @@ class _Run:
             self.store.publish_failures(self.failures[self._told :])
             self._told = len(self.failures)
             self._claims.release_all()
-        with suppress(PmmError):  # it only makes opening faster
-            self.store.keep_index()
+        self.store.keep_index()
 
     def _claimed(self, work: Sequence[Work], left: list[Work]) -> Iterator[tuple[Work, ...]]:
         """Batches of what nobody else is at, each claimed when it is asked for; the others go to ``left``."""

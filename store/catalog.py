@@ -541,7 +541,10 @@ class Store:
         if len(mine) < max(index.WORTH_WRITING, len(self._records.covered) // 8):
             return False
         told = {key: index.Known(sizes[key], one, "") for key, one in mine.items()}
-        name = index.write(self.medium, {"created": now(), "writer": writer()}, told)
+        try:
+            name = index.write(self.medium, {"created": now(), "writer": writer()}, told)
+        except PmmError:  # a full disk, say: what was published is published all the same
+            return False
         self._records.covered |= dict.fromkeys(told, name)
         return True
 

@@ -69,6 +69,7 @@ def compact(
         done += sum(one.bytes for one in group)
         if on_event:
             on_event(Rewritten(done, total))
+    Store(store.where, store.medium).keep_index()
     return Compacted(tuple(written), tuple(retired), done, tuple(damaged))
 
 

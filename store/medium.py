@@ -252,10 +252,12 @@ class LocalMedium:
 
     def _inside(self, key: str) -> Path:
         """The path of ``key``. Raises StoreCorrupt if a link on the way leads elsewhere."""
-        path = self.root / check_key(key)
-        if os.path.realpath(path.parent) != str(path.parent):
-            raise StoreCorrupt(f"{path} lies behind a symbolic link; a store holds none, remove the link")
-        return path
+        at = str(self.root)
+        for name in check_key(key).split("/")[:-1]:
+            at = f"{at}/{name}"
+            if os.path.islink(at):
+                raise StoreCorrupt(f"{self.root / key} lies behind a symbolic link, {at}; remove the link")
+        return self.root / key
 
     def _mode(self) -> int:
         return stat.S_IMODE(os.stat(self.root).st_mode)

@@ -18,7 +18,7 @@ from pmm.store import snapshots
 from pmm.store.catalog import Listing, Removal, Store
 from pmm.store.clip import Take
 from pmm.store.compact import intact, rewrite
-from pmm.store.fragment import HEX64, ID_BYTES, MAX_CLIPS, Fragment, hexes
+from pmm.store.fragment import ID_BYTES, MAX_CLIPS, Fragment, hexes
 from pmm.store.retire import abandon, folders, record_of, retire, whole_sums
 
 _SHORTEST = 8
@@ -62,23 +62,16 @@ def remove(
 
     Raises NotFound or BadInput, with nothing changed, for a name that fits nothing or too much.
     """
-    if purge_bytes:
-        purge(store)  # one that was killed; its names may be gone from the lists already
     store.refresh()
-    everyone = [take for listing in store.listings() for take in listing.takes]
-    takes = [*chain(*(_subject(store, everyone, who) for who in subjects))]
-    rows = set()
-    for text in clips:
-        found = _clip(store, everyone, text)
-        takes += found
-        rows |= set() if found else {text}
-    rows |= {row for take in takes for row in (take.clip.id, take.target) if row}
-    removal = Removal(
-        frozenset(rows).union(take.id for take in takes),
-        frozenset(_spec(store, text) for text in specs),
-        purge_bytes,
-        (),
-    )
+    try:
+        takes, rows = _named(store, clips, subjects)
+        dropped = frozenset(_spec(store, text) for text in specs)
+    except NotFound:
+        if purge_bytes:
+            purge(store)  # one that was killed may have taken the names from the lists already
+        raise
+    hidden = frozenset(rows).union(take.id for take in takes)
+    removal = Removal(hidden, dropped, purge_bytes, ())
     if not any(_covers(one, removal) for one in store.removals.values()):
         store.publish_removal(rows, {take.id for take in takes}, removal.specs, purge_bytes)
     return Removed(
@@ -122,13 +115,25 @@ def purge(store: Store) -> Purged:
 # -- what is named
 
 
+def _named(store: Store, clips: Sequence[str], subjects: Sequence[str]) -> tuple[list[Take], set[str]]:
+    """Takes and row ids. Raises NotFound or BadInput."""
+    everyone = [take for listing in store.listings() for take in listing.takes]
+    takes = [*chain(*(_subject(store, everyone, who) for who in subjects))]
+    rows = set()
+    for text in clips:
+        found = _clip(store, everyone, text)
+        takes += found
+        rows |= set() if found else {text}
+    return takes, rows | {row for take in takes for row in (take.clip.id, take.target) if row}
+
+
 def _clip(store: Store, everyone: Iterable[Take], text: str) -> list[Take]:
-    """Takes that ``text`` names; none if it is a row id that no listing has."""
+    """Takes that ``text`` names; none if it is an id that no listing has, of a row or removed before."""
     called = [take for take in everyone if text in (take.source, *_ids(take))]
-    if called or HEX64.fullmatch(text):
-        if called or any(one and text in one.row_ids for one in store.records.values()):
-            return called
-    elif len(text) >= _SHORTEST:
+    held = text in store.removed or any(one and text in one.row_ids for one in store.records.values())
+    if called or held:
+        return called
+    if len(text) >= _SHORTEST:
         full = {name for take in everyone for name in _ids(take) if name.startswith(text)}
         if len(full) > 1:
             raise BadInput(f"{len(full)} ids in {store.where} begin with {text}; give more of its digits")

@@ -73,7 +73,7 @@ def push(source: Store, target: Store, on_event: OnEvent = lambda event: None, c
     run.listings()
     run.failures()
     run.snapshots()
-    target.refresh()
+    target.keep_index()
     return run.result()
 
 

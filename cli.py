@@ -233,10 +233,13 @@ def synth(out: Path, minutes: float, subjects: int, languages: str, seed: int, a
     Speech by espeak-ng, face curves by rule: a made corpus for demos and tests, no capture.
     """
     from pmm.precompute.synth import CorpusSpec, write_corpus
+    from pmm.store import clock
 
     spec = CorpusSpec(minutes, subjects, tuple(part.strip() for part in languages.split(",")), seed)
     with _bar("s", "speaking") as bar:
-        summary = write_corpus(spec, out, lambda event: _reach(bar, bar.n + event.seconds, spec.minutes * 60))
+        summary = write_corpus(
+            spec, out, lambda event: _reach(bar, bar.n + event.seconds, clock.minutes(spec.minutes))
+        )
     if as_json:
         _print_json(summary.to_json())
     else:

@@ -245,6 +245,7 @@ def synth(out: Path, minutes: float, subjects: int, languages: str, seed: int, a
     help="Close a fragment at this size.",
 )
 @click.option("--rehash", is_flag=True, help="Read every recording, also those that have not changed.")
+@click.option("--readmit", is_flag=True, help="Take back what was removed from the store on purpose.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
 @_json
 def precompute(
@@ -256,6 +257,7 @@ def precompute(
     batch_seconds: float,
     fragment_mb: float,
     rehash: bool,
+    readmit: bool,
     dry_run: bool,
     as_json: bool,
     **models: Any,
@@ -279,6 +281,7 @@ def precompute(
             limits=Limits(batch_seconds, round(fragment_mb * 1e6)),
             dry_run=dry_run,
             rehash=rehash,
+            readmit=readmit,
             on_event=_PrecomputeProgress(bar),
         )
     _report(plan, outcome, store_path, as_json)
@@ -343,8 +346,8 @@ def _report(plan: Plan, outcome: Outcome | None, store: Path | str, as_json: boo
             click.echo(f"clipped {outcome.clipped} coefficient values to [0, 1]")
     if outcome and outcome.failures:
         click.echo(
-            f"pmm: {len(outcome.failures)} recordings could not be used; each is named above and recorded in "
-            f"{store}/failures",
+            f"pmm: {len(outcome.failures)} recordings could not be used; each is named above and, unless "
+            f"refused, recorded in {store}/failures",
             err=True,
         )
 

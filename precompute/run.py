@@ -21,8 +21,8 @@ from pmm.precompute.claims import Claims
 from pmm.precompute.datasets import find, livelink
 from pmm.precompute.identities import Identities, default_path
 from pmm.precompute.plan import Plan, Source, Work, batches, make_plan
-from pmm.precompute.survey import Probed, one_line, survey
-from pmm.store import clock, fragment
+from pmm.precompute.survey import Probed, Survey, one_line, survey
+from pmm.store import clock, fragment, removal
 from pmm.store.catalog import Failure, Store, is_there
 from pmm.store.clip import target_id
 from pmm.store.feature import FeatureSpec
@@ -138,8 +138,11 @@ class Outbox:
 
     def _publish(self, spec_id: str) -> None:
         spec, rows = self._waiting[spec_id]
-        self.store.publish(spec, rows, self.made_with)
         del self._waiting[spec_id]
+        rows = [row for row in rows if row[0] not in self.store.removed]  # while they waited
+        if not rows:
+            return
+        self.store.publish(spec, rows, self.made_with)
         size = sum(array.nbytes for _, array in rows)
         self.rows[spec.modality] = self.rows.get(spec.modality, 0) + len(rows)
         self.fragments += 1
@@ -158,12 +161,14 @@ def precompute(
     limits: Limits = Limits(),
     dry_run: bool = False,
     rehash: bool = False,
+    readmit: bool = False,
     on_event: Callable[[Event], None] = lambda _: None,
 ) -> tuple[Plan, Outcome | None]:
     """Cache what ``models`` say of every clip in ``folders``: find, plan, and (unless ``dry_run``) compute.
 
     Recordings that this user has named before and that have not changed since are not read again to be
-    named, unless ``rehash``. Several runs over one dataset at once share the work.
+    named, unless ``rehash``. Several runs over one dataset at once share the work. What was removed from
+    the store on purpose is refused, unless ``readmit`` takes it back.
     What can be refused is refused before anything is read or written: missing folders, a place that
     is no store, models that cannot be had. Raises PmmError kinds; returns no Outcome for a dry run.
     """
@@ -176,15 +181,48 @@ def precompute(
     with Identities(default_path(), fresh=rehash) as identities:
         seen = survey(founds, on_event, identities)
     specs = {**frozen.specs, "target": livelink.target_spec(fps)}
+    refused: list[Failure] = []
     if store is not None:
         store.refresh()
+        if readmit and not dry_run:
+            _readmit(store, seen, specs)
+        elif not readmit:
+            seen, refused = _admitted(store, seen, specs)
     plan = make_plan(seen.sources, specs, lambda spec, row: store is not None and store.has(spec, row))
     on_event(Planned(plan, frozen.label))
     if dry_run or store is None:
         return plan, None
     for listing in seen.listings:
         store.publish_takes(listing.dataset, [source.take for source in listing.sources], listing.origin)
-    return plan, execute(plan, store, frozen, seen.failures, limits, on_event)
+    done = execute(plan, store, frozen, seen.failures, limits, on_event)
+    return plan, replace(done, failures=(*refused, *done.failures))
+
+
+def _admitted(store: Store, seen: Survey, specs: Mapping[str, FeatureSpec]) -> tuple[Survey, list[Failure]]:
+    """What was found, less the takes that were removed from the store on purpose; and those, refused.
+
+    Raises BadInput if a whole feature set was.
+    """
+    for modality, spec in specs.items():
+        if any(spec.id in removal.specs for removal in store.removals.values()):
+            raise BadInput(
+                f"the {modality} features {spec.id[:12]} were removed from {store.where} on purpose; "
+                "take them back with --readmit, or choose other models"
+            )
+    reason = f"removed from {store.where} on purpose; --readmit takes it back"
+    refused = [one for one in seen.sources if store.hides(one.take)]
+    listings = tuple(
+        replace(one, sources=tuple(source for source in one.sources if not store.hides(source.take)))
+        for one in seen.listings
+    )
+    told = [Failure(one.take.clip.id, one.take.source, "refused", reason) for one in refused]
+    return replace(seen, listings=listings), told
+
+
+def _readmit(store: Store, seen: Survey, specs: Mapping[str, FeatureSpec]) -> None:
+    hidden = [one.take for one in seen.sources if store.hides(one.take)]
+    ids = {name for take in hidden for name in (take.id, take.clip.id, take.target) if name}
+    removal.readmit(store, ids, {spec.id for spec in specs.values()})
 
 
 def execute(
@@ -326,9 +364,12 @@ class _Run:
 
     def _still_missing(self, item: Work) -> Work | None:
         """The part of ``item`` that no other writer has published since the plan was made."""
-        has = self.store.has
+        has, removed = self.store.has, self.store.removed
         features = frozenset(m for m in item.features if not has(self.specs[m].id, item.clip.id))
         targets = tuple(s for s in item.targets if not has(self.specs["target"].id, s.take.target or ""))
+        if item.clip.id in removed:  # since the plan was made
+            return None
+        targets = tuple(s for s in targets if not self.store.hides(s.take))
         return replace(item, features=features, targets=targets) if features or targets else None
 
     def _target(self, item: Work, source: Source) -> Failure | None:

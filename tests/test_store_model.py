@@ -182,7 +182,7 @@ def rows_in(folder, record):
 
 
 sides = st.integers(0, 1)
-dying = st.none() | st.integers(0, 60)
+dying = st.none() | st.integers(0, 120)
 numbers = st.sets(st.sampled_from(CLIPS), min_size=1)
 specs = st.sampled_from(sorted(SPECS))
 DAMAGES = st.sampled_from(["flip", "cut", "lose"])
@@ -193,7 +193,8 @@ TEMPLATES = tempfile.TemporaryDirectory(dir=MEMORY)
 
 
 def filled(label, which):
-    """A store with these clips: the audio of each in a fragment of its own, their face tracks in one."""
+    """A store with these clips: the audio of each in a fragment of its own, their face tracks in one, and
+    the audio of the first once more, in a fragment with other bytes."""
     path = Path(TEMPLATES.name) / label
     if not path.exists():
         store = Store.create(path)
@@ -201,6 +202,8 @@ def filled(label, which):
         for spec, numbers in [*((AUDIO, {n}) for n in sorted(which)), (TARGET, which)]:
             rows = [(row(spec.id, n), np.full((ROWS, *spec.shape), 1, spec.dtype)) for n in numbers]
             store.publish(spec, rows, {"by": "model"}, chunk_bytes=16)
+        again = np.full((ROWS, *AUDIO.shape), 2, AUDIO.dtype)
+        store.publish(AUDIO, [(row(AUDIO.id, min(which)), again)], {"by": "model"})
     return path
 
 
@@ -221,6 +224,8 @@ class Machine(RuleBasedStateMachine):
             for spec in SPECS:
                 side.add(side.content, spec, which, 1)
                 side.add(side.possible, spec, which, 1)
+            side.add(side.content, AUDIO.id, [min(which)], 2)
+            side.add(side.possible, AUDIO.id, [min(which)], 2)
         self.touched = list(self.sides)
 
     def side(self, number):

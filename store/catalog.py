@@ -755,7 +755,7 @@ class _Listings(_Table[Listing]):
 
 def now() -> str:
     """ISO 8601 in UTC, for people to read; nothing is decided by it but order in lists."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def writer() -> dict[str, Any]:

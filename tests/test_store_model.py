@@ -32,7 +32,7 @@ from pmm.store.removal import purge, readmit, remove
 from pmm.store.share import merge
 
 LONG = settings.get_current_profile_name() == "long"
-EXAMPLES, STEPS = (5000, 50) if LONG else (200, 8)
+EXAMPLES, STEPS = (5000, 50) if LONG else (200, 6)
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 AUDIO = FeatureSpec("audio", "model/1", "float16", (2,), None, {})
 TARGET = FeatureSpec("target", "model/1", "float32", (3,), 30, {})

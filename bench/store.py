@@ -132,7 +132,13 @@ class Pmm:
         return np.array(self._store.read(SPECS[modality].id, self._names[clip])[first:last])
 
     def load(self, modality: str) -> object:
-        return [np.array(self._store.read(SPECS[modality].id, name)) for name in self._names]
+        """All rows of a modality in one array, as `pmm fit` takes them in."""
+        spec = SPECS[modality]
+        edges = np.cumsum([0, *(self._store.length(spec.id, name) for name in self._names)])
+        whole = np.empty((edges[-1], *spec.shape), spec.dtype)
+        for name, first, last in zip(self._names, edges, edges[1:]):
+            whole[first:last] = self._store.read(spec.id, name)
+        return whole
 
 
 class _Whole:
@@ -368,7 +374,7 @@ def reading(root: Path, size: Size) -> dict[str, object]:
     _check(opened, data, windows)
 
     def window_job(one) -> Callable[[], object]:
-        return lambda: [one.window(*window) for window in windows]
+        return lambda: deque((one.window(*window) for window in windows), maxlen=0)
 
     def load_job(one) -> Callable[[], object]:
         return lambda: deque((one.load(modality) for modality in data), maxlen=0)

@@ -6,6 +6,7 @@ operations apart.
 """
 
 import hashlib
+import itertools
 import os
 import shutil
 import signal
@@ -53,26 +54,37 @@ def store(memory):
     return Store.create(memory / "store")
 
 
-def dead_writer(store, at):
-    """What a writer leaves that was killed before its ``at``-th operation."""
+class Killed(BaseException):
+    """The machine stops here."""
 
-    class Killed(BaseException):
-        pass
 
-    then = Path(f"{store.path}.then")
-    left = [at]
+def killed(path, at, work):
+    """Does ``work`` with the store at ``path`` on a machine that stops before its ``at``-th operation.
+
+    The disk is then as it was at that instant. False if the work was done before.
+    """
+    then, left = Path(f"{path}.then"), [at]
 
     def before(operation, key):
         if left[0] == 0:
-            shutil.copytree(store.path, then)
-            left[0] -= 1
-            raise Killed
+            shutil.copytree(path, then)
         left[0] -= 1
+        if left[0] < 0:
+            raise Killed
 
-    with pytest.raises(Killed):
-        Store(store.path, LocalMedium(store.path, before=before)).publish(AUDIO, some("dead"), {})
-    shutil.rmtree(store.path)
-    then.rename(store.path)
+    try:
+        work(Store(path, LocalMedium(path, before=before)))
+    except Killed:
+        shutil.rmtree(path)
+        then.rename(path)
+        return True
+    return False
+
+
+def dead_writer(store, at):
+    """What a writer leaves that was killed before its ``at``-th operation."""
+
+    assert killed(store.path, at, lambda dying: dying.publish(AUDIO, some("dead"), {}))
 
 
 # -- what gc takes
@@ -381,6 +393,28 @@ def test_compact_keeps_every_row_in_fewer_fragments(store):
     assert verify(fresh).orphans == 0
     assert compact(fresh) == compact(fresh)
     assert compact(fresh).written == ()
+
+
+def test_compact_killed_before_any_of_its_operations_loses_nothing_and_is_ended_by_the_next(memory):
+    store = Store.create(memory / "original")
+    for keys in (("a", "b"), ("c",), ("d",)):
+        store.publish(AUDIO, some(*keys), {})
+    for at in itertools.count():
+        shutil.copytree(memory / "original", memory / "store")
+        alive = not killed(memory / "store", at, compact)
+        for again in (False, True):
+            if again:
+                compact(Store.open(memory / "store"))
+                gc(Store.open(memory / "store"), grace_seconds=0)
+            fresh = Store.open(memory / "store")
+            for key in "abcd":
+                np.testing.assert_array_equal(fresh.read(AUDIO.id, name(key)), some(key)[0][1])
+            assert verify(fresh).clean
+        assert (len(fresh.fragments()), verify(fresh).orphans) == (1, 0)
+        shutil.rmtree(memory / "store")
+        if alive:
+            break
+    assert at > 80
 
 
 def test_compact_leaves_a_damaged_fragment_alone(store):

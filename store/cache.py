@@ -29,6 +29,7 @@ _STREAMS = 4
 _ATTEMPTS = 3
 _PATIENCE_SECONDS = 600.0
 _DEAD_SECONDS = 86_400.0
+_LOOK_AGAIN_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,16 @@ class Fetched:
 class Cache:
     """At most ``limit`` bytes of fragments below ``folder``, which is made when first needed.
 
-    Room is made before a fragment is fetched; what other processes are fetching just then comes on top.
+    Room is made before a fragment is fetched; what other processes fetched in the last ten seconds may
+    come on top.
     """
 
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit
         self._needed: dict[str, int] = {}
         self._room = threading.Lock()
-        self._under_way = 0
+        self._under_way = self._used = 0
+        self._look_again = 0.0
 
     @classmethod
     def default(cls, folder: Path | None = None, gigabytes: float | None = None) -> Cache:
@@ -128,18 +131,25 @@ class Cache:
                 self._under_way -= fragment.bytes
 
     def _make_room(self, size: int) -> None:
-        """Drops what was used longest ago until ``size`` more bytes fit, and counts them as taken."""
+        """Counts ``size`` bytes as taken; drops what was used longest ago if they do not fit."""
         self._refuse_more(size, "one fragment has")
         with self._room:
-            kept = sorted(self._folders(), key=lambda one: one[0])
-            used = sum(bytes_ for _, bytes_, _ in kept) + self._under_way + size
-            for _, bytes_, folder in kept:
-                if used <= self.limit:
-                    break
-                if folder.name not in self._needed:
-                    self._drop(folder)
-                    used -= bytes_
             self._under_way += size
+            self._used += size
+            if self._used > self.limit or time.monotonic() > self._look_again:
+                self._look()
+
+    def _look(self) -> None:
+        """Counts what is here, by other processes too, and drops what is too much."""
+        kept = sorted(self._folders(), key=lambda one: one[0])
+        self._used = sum(size for _, size, _ in kept) + self._under_way
+        for _, size, folder in kept:
+            if self._used <= self.limit:
+                break
+            if folder.name not in self._needed:
+                self._drop(folder)
+                self._used -= size
+        self._look_again = time.monotonic() + _LOOK_AGAIN_SECONDS
 
     def _refuse_more(self, size: int, what: str) -> None:
         if size > self.limit:
@@ -150,7 +160,7 @@ class Cache:
 
     def _folders(self) -> Iterator[tuple[float, int, Path]]:
         """When each fragment was last used, its bytes, where it lies. Drops what killed fetches left."""
-        for folder in (self.folder / "fragments").glob("*/*"):
+        for folder in (one for begin in _inside(self.folder / "fragments") for one in _inside(begin)):
             with suppress(FileNotFoundError):
                 used = folder.stat().st_mtime
                 if len(folder.name) == 64:
@@ -180,6 +190,14 @@ class Cache:
             yield
         finally:
             os.close(fd)
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What lies in ``folder``; nothing if it went since it was listed, as drafts of folders do."""
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _lock(fd: int) -> bool:

@@ -19,6 +19,7 @@ import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -577,6 +578,22 @@ store.fetch([(spec, row) for row in store.rows(spec)])
 assert all(store.read(spec, row).shape == (20, 5) for row in store.rows(spec))
 print(len({key.rsplit("/", 1)[0] for key in asked if key.endswith("values/zarr.json")}))
 """
+
+
+def test_a_folder_that_another_reader_moves_away_while_the_cache_is_counted(source, tmp_path):
+    store, _ = opened(source, tmp_path / "cache", 1 << 20)
+    store.read(AUDIO.id, name("a"))
+    draft = tmp_path / "cache" / "fragments" / f".{uuid4().hex}"
+    draft.mkdir()
+
+    def vanish(event, args):
+        if event in ("os.listdir", "os.scandir") and str(args[0]) == str(draft) and draft.exists():
+            draft.rmdir()
+
+    sys.addaudithook(vanish)
+    another, _ = opened(source, tmp_path / "cache", 1 << 20)
+    assert another.read(AUDIO.id, name("b")).shape == (20, 5)
+    assert not draft.exists()
 
 
 def test_processes_that_share_a_cache_fetch_each_fragment_once(source, tmp_path):

@@ -31,7 +31,38 @@ BUILTIN = "builtin"
 STAND_IN = "untrained stand-in"
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
+LIPS = ("frames", "latent", "latent32")
 _LARGEST_FPS = 240
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of a model set, beside which models they are.
+
+    fps        video frames per second of the lips
+    device     auto (a GPU if there is one), cpu or cuda
+    precision  fp32 on every device; bf16 and fp16 are other features (other specs)
+    text_topk  None for all V logits, or how many of the largest are kept of each step
+    lips       frames (uint8 pictures), latent (what the pictures are painted from, float16) or
+               latent32 (the same in float32)
+
+    Raises BadInput for a value that cannot be.
+    """
+
+    fps: int = 30
+    device: str = "auto"
+    precision: str = "fp32"
+    text_topk: int | None = None
+    lips: str = "frames"
+
+    def __post_init__(self) -> None:
+        for what, legal in (("device", DEVICES), ("precision", PRECISIONS), ("lips", LIPS)):
+            if (value := getattr(self, what)) not in legal:
+                raise BadInput(f"{what} {value!r} is none of {', '.join(legal)}")
+        if not 1 <= self.fps <= _LARGEST_FPS:
+            raise BadInput(f"fps {self.fps}, expected 1 to {_LARGEST_FPS}")
+        if self.text_topk is not None and self.text_topk < 1:
+            raise BadInput(f"text_topk {self.text_topk}: at least 1 logit of each step must be kept")
 
 
 @dataclass(frozen=True)
@@ -221,20 +252,19 @@ def _exact() -> AbstractContextManager[None]:
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
-def load(models: ModelSet, fps: int, device: str = "cpu", precision: str = "fp32") -> FrozenModels:
+def load(models: ModelSet, options: Options = Options(), **choices: Any) -> FrozenModels:
     """Read the checkpoints of a set and make its models.
 
-    device     auto (a GPU if there is one), cpu or cuda
-    precision  fp32 on every device; bf16 and fp16 autocast, and are other features (other specs)
+    ``choices`` are fields of Options, by name, that replace those of ``options``.
 
     Raises NotFound and BadInput with one line: a file, model or id that cannot be had, a checkpoint
     of another kind, an illegal option.
     """
     from pmm.precompute import lips, speech
 
-    where, autocast = _device(device), _autocast(precision)
-    if not 1 <= fps <= _LARGEST_FPS:
-        raise BadInput(f"fps {fps}, expected 1 to {_LARGEST_FPS}")
+    options = replace(options, **choices)
+    fps, precision = options.fps, options.precision
+    where, autocast = _device(options.device), _autocast(precision)
     lip_tensors, lip_origin = _lip_tensors(models)
     face = _face(models)
     text_checkpoint = _speech_checkpoint(models.text_model, models.text_revision)
@@ -267,8 +297,6 @@ def label(models: ModelSet) -> str:
 def _device(name: str) -> torch.device:
     import torch
 
-    if name not in DEVICES:
-        raise BadInput(f"device {name!r} is none of {', '.join(DEVICES)}")
     present = torch.cuda.is_available()
     if name == "cuda" and not present:
         raise BadInput("device cuda: this torch sees no GPU; use --device cpu, or install a torch with CUDA")
@@ -278,8 +306,6 @@ def _device(name: str) -> torch.device:
 def _autocast(precision: str) -> torch.dtype | None:
     import torch
 
-    if precision not in PRECISIONS:
-        raise BadInput(f"precision {precision!r} is none of {', '.join(PRECISIONS)}")
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 

@@ -391,7 +391,7 @@ def _image_spec(tensors: dict[str, torch.Tensor], face: np.ndarray, fps: int, pr
     return FeatureSpec("image", lips.ALGORITHM, "uint8", shape, fps, settings)
 
 
-def _located(models: ModelSet) -> ModelSet:
+def located(models: ModelSet) -> ModelSet:
     """The same set with absolute paths: a run finds its models again from any folder."""
 
     def located(name: str) -> str:
@@ -413,7 +413,7 @@ def _description(
 
     libraries = ("numpy", "torch", "transformers", "safetensors", "soundfile", "soxr", "av", "pillow")
     return {
-        "models": asdict(_located(models)),
+        "models": asdict(located(models)),
         "label": label(models),
         "untrained stand-in": BUILTIN in (models.audio_model, models.text_model, models.lips),
         "weights": {modality: spec.settings["weights"] for modality, spec in specs.items()},

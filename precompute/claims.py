@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -52,7 +53,7 @@ class Claims:
     """This run's claims on clips of one store, and its view of the others'.
 
     ``quiet_seconds`` is how long the others have been seen to claim nothing new: by our own clock, no
-    two of which need agree.
+    two of which need agree. One thread may take while another releases.
     """
 
     def __init__(self, store: Store, specs: Iterable[str]):
@@ -61,6 +62,7 @@ class Claims:
         self._others: dict[str, Claim | None] = {}
         self._outwaited: frozenset[str] = frozenset()
         self._changed = time.monotonic()
+        self._lock = threading.RLock()
 
     @property
     def quiet_seconds(self) -> float:
@@ -68,11 +70,16 @@ class Claims:
 
     def taken(self) -> frozenset[str]:
         """Clips that other runs, as far as we know alive, have claimed under any of our specs."""
-        self._look()
-        return self._theirs(self._others)
+        with self._lock:
+            self._look()
+            return self._theirs(self._others)
 
     def take(self, clips: Sequence[str]) -> frozenset[str]:
         """Claims those of ``clips`` that nobody has; returns them. Of two at once the lower name wins."""
+        with self._lock:
+            return self._take(clips)
+
+    def _take(self, clips: Sequence[str]) -> frozenset[str]:
         free = frozenset(clips) - self.taken()
         if not free:
             return free
@@ -87,12 +94,14 @@ class Claims:
     def release(self, clips: Iterable[str]) -> None:
         """Lets go of the claims all of whose clips are among ``clips``: published, or failed."""
         done = frozenset(clips)
-        for key in [key for key, held in self._mine.items() if held <= done]:
-            del self._mine[key]
-            self._delete(key)
+        with self._lock:
+            for key in [key for key, held in self._mine.items() if held <= done]:
+                del self._mine[key]
+                self._delete(key)
 
     def release_all(self) -> None:
-        self.release(frozenset().union(*self._mine.values()))
+        with self._lock:
+            self.release(frozenset().union(*self._mine.values()))
 
     def outwaited(self) -> None:
         """The claims that stand now are not respected any more, if the others are quiet."""

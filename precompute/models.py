@@ -264,18 +264,18 @@ def load(models: ModelSet, options: Options = Options(), **choices: Any) -> Froz
 
     options = replace(options, **choices)
     fps, precision = options.fps, options.precision
-    where, autocast = _device(options.device), _autocast(precision)
+    where, dtype = _device(options.device), _dtype(precision)
     lip_tensors, lip_origin = _lip_tensors(models)
     face = _face(models)
     text_checkpoint = _speech_checkpoint(models.text_model, models.text_revision)
     if models.one_forward:
         audio_checkpoint = text_checkpoint
-        audio = text = speech.SpeechModel(text_checkpoint, models.audio_layer, True, True, where, autocast)
+        audio = text = speech.SpeechModel(text_checkpoint, models.audio_layer, True, True, where, dtype)
     else:
         audio_checkpoint = _speech_checkpoint(models.audio_model, models.audio_revision)
-        audio = speech.SpeechModel(audio_checkpoint, models.audio_layer, True, False, where, autocast)
-        text = speech.SpeechModel(text_checkpoint, None, False, True, where, autocast)
-    generator = lips.LipGenerator(lips.network_for(lip_tensors, lip_origin), face, fps, where, autocast)
+        audio = speech.SpeechModel(audio_checkpoint, models.audio_layer, True, False, where, dtype)
+        text = speech.SpeechModel(text_checkpoint, None, False, True, where, dtype)
+    generator = lips.LipGenerator(lips.network_for(lip_tensors, lip_origin), face, fps, where, dtype)
     specs = {
         "audio": _audio_spec(audio_checkpoint, audio, precision),
         "text": _text_spec(text_checkpoint, text, precision),
@@ -303,10 +303,10 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and present) else "cpu")
 
 
-def _autocast(precision: str) -> torch.dtype | None:
+def _dtype(precision: str) -> torch.dtype:
     import torch
 
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def _speech_checkpoint(name: str, revision: str | None) -> speech.Checkpoint:

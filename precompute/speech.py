@@ -284,12 +284,12 @@ class SpeechModel:
         wants_hidden: bool,
         wants_logits: bool,
         device: torch.device,
-        autocast: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
     ):
         self.layer = parse_layer(layer, checkpoint)
         self.wants_hidden, self.wants_logits = wants_hidden, wants_logits
         self.do_normalize = checkpoint.do_normalize
-        self.device, self.autocast = device, autocast
+        self.device, self.dtype = device, dtype
         self.hidden_size: int = checkpoint.architecture["hidden_size"]
         self.vocabulary_size: int = checkpoint.architecture["vocab_size"]
         # A group norm spans time: padding would change every step, even under a mask.
@@ -318,7 +318,7 @@ class SpeechModel:
             batch[row, : len(wave)] = torch.from_numpy(wave)
             mask[row, : len(wave)] = 1
         padded = min(lengths) < max(lengths)
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             hidden, logits = self._run(batch.to(self.device), mask.to(self.device) if padded else None)
         counts = [clock.steps(n) for n in lengths]
         return [(_row(hidden, i, count), _row(logits, i, count)) for i, count in enumerate(counts)]

@@ -185,7 +185,10 @@ def _refuse_unknown(values: Mapping[str, Any], where: str) -> None:
 
 @dataclass(frozen=True)
 class Speech:
-    """What the speech models say of a clip: audio (S, D) and text (S, V), float16, S steps of 20 ms."""
+    """What the speech models say of a clip, S steps of 20 ms: audio (S, D) and text (S, V), float16.
+
+    Where only k logits of each step are kept, text is (S, 2, k + 1) float32 (see ``topk``).
+    """
 
     audio: np.ndarray
     text: np.ndarray
@@ -215,7 +218,7 @@ class FrozenModels:
         self.label = label
         self._audio, self._text, self._generator = audio, text, generator
         self.can_batch = audio.can_pad and text.can_pad
-        self.max_batch_seconds = 60 if audio.device.type == "cpu" else 480
+        self.max_batch_seconds = _batch_seconds(audio, text)
 
     def speech(self, waves: Sequence[np.ndarray]) -> list[Speech | PmmError]:
         """Audio and text features of each wave (n,) float32 at 16 kHz, or why there are none.
@@ -233,9 +236,40 @@ class FrozenModels:
         return [_pair(one, other) for one, other in zip(heard, read)]
 
     def lips(self, wave: np.ndarray, frame_count: int) -> np.ndarray:
-        """Lip frames of one wave (n,) float32 at 16 kHz: (T, 96, 96, 3) uint8 RGB, exactly T of them."""
+        """Lip features of one wave (n,) float32 at 16 kHz, exactly T of them, as ``specs["image"]`` has them.
+
+        (T, 96, 96, 3) uint8 RGB frames, or (T, D) latents, which ``paint`` makes frames of.
+        """
+        spec = self.specs["image"]
         with _exact():
-            return self._generator.frames(wave, frame_count)
+            if len(spec.shape) > 1:
+                return self._generator.frames(wave, frame_count)
+            latents = self._generator.latents(wave, frame_count)
+        with np.errstate(over="ignore"):
+            stored = latents.astype(spec.dtype)
+        if not np.isfinite(stored).all():
+            raise BadInput("lip latents overflow float16; they can be stored as float32 (latent32)")
+        return stored
+
+    def paint(self, latents: np.ndarray) -> np.ndarray:
+        """Frames (T, 96, 96, 3) uint8 RGB of latents (T, D), of this set's face.
+
+        Those of float32 latents are the frames that ``lips`` would give, those of float16 at most a
+        grey level apart.
+        """
+        with _exact():
+            return self._generator.paint(latents)
+
+
+def _batch_seconds(*models: speech.SpeechModel) -> int:
+    """Padded seconds of one forward: no more help the speed, and half of what memory is free holds them."""
+    from pmm.precompute import memory
+
+    device = models[0].device
+    free = memory.free(device)
+    wanted = 60 if device.type == "cpu" else 480
+    held = wanted if free is None else free // 2 // max(one.bytes_per_second for one in models)
+    return max(1, min(wanted, held))
 
 
 def _pair(audio: Any, text: Any) -> Speech | PmmError:
@@ -270,18 +304,20 @@ def load(models: ModelSet, options: Options = Options(), **choices: Any) -> Froz
     text_checkpoint = _speech_checkpoint(models.text_model, models.text_revision)
     if models.one_forward:
         audio_checkpoint = text_checkpoint
-        audio = text = speech.SpeechModel(text_checkpoint, models.audio_layer, True, True, where, dtype)
+        audio = text = speech.SpeechModel(
+            text_checkpoint, models.audio_layer, True, True, where, dtype, options.text_topk
+        )
     else:
         audio_checkpoint = _speech_checkpoint(models.audio_model, models.audio_revision)
         audio = speech.SpeechModel(audio_checkpoint, models.audio_layer, True, False, where, dtype)
-        text = speech.SpeechModel(text_checkpoint, None, False, True, where, dtype)
+        text = speech.SpeechModel(text_checkpoint, None, False, True, where, dtype, options.text_topk)
     generator = lips.LipGenerator(lips.network_for(lip_tensors, lip_origin), face, fps, where, dtype)
     specs = {
         "audio": _audio_spec(audio_checkpoint, audio, precision),
         "text": _text_spec(text_checkpoint, text, precision),
-        "image": _image_spec(lip_tensors, face, fps, precision),
+        "image": _image_spec(lip_tensors, face, generator.latent_size, options),
     }
-    description = _description(models, specs, fps, str(where), precision)
+    description = _description(models, specs, options, str(where))
     return FrozenModels(specs, description, label(models), audio, text, generator)
 
 
@@ -365,30 +401,42 @@ def _audio_spec(checkpoint: speech.Checkpoint, model: speech.SpeechModel, precis
 
 
 def _text_spec(checkpoint: speech.Checkpoint, model: speech.SpeechModel, precision: str) -> FeatureSpec:
-    from pmm.precompute import speech
+    from pmm.precompute import speech, topk
 
     settings = _speech_settings(checkpoint, precision)
-    return FeatureSpec("text", speech.LOGITS_ALGORITHM, "float16", (model.vocabulary_size,), None, settings)
+    size, kept = model.vocabulary_size, model.text_topk
+    if kept is None:
+        return FeatureSpec("text", speech.LOGITS_ALGORITHM, "float16", (size,), None, settings)
+    settings |= {"vocabulary_size": size, "kept": kept, "rounding": "float16", "rest": "mean"}
+    return FeatureSpec("text", topk.ALGORITHM, "float32", (2, kept + 1), None, settings)
 
 
-def _image_spec(tensors: dict[str, torch.Tensor], face: np.ndarray, fps: int, precision: str) -> FeatureSpec:
+def _image_spec(
+    tensors: dict[str, torch.Tensor], face: np.ndarray, latent_size: int, options: Options
+) -> FeatureSpec:
+    """Of frames, or of latents: those do not depend on the face, and are float32 until they are stored."""
     from pmm.precompute import lips, mel, weights
     from pmm.precompute.face import face_digest
     from pmm.precompute.media import PREPROCESSING
 
     settings = {
         "weights": weights.weights_digest(tensors, {}),
-        "face": face_digest(face),
         "preprocessing": dict(PREPROCESSING),
         "mel": mel.ALGORITHM,
         "window_columns": lips.WINDOW_COLUMNS,
         "past_the_end": "last full window",
         "short_audio": "silence to one window",
+    }
+    if options.lips != "frames":
+        dtype = {"latent": "float16", "latent32": "float32"}[options.lips]
+        return FeatureSpec("image", lips.LATENT_ALGORITHM, dtype, (latent_size,), options.fps, settings)
+    settings |= {
+        "face": face_digest(face),
         "rounding": "half to even",
-        "precision": precision,
+        "precision": options.precision,
     }
     shape = (lips.FACE_SIZE, lips.FACE_SIZE, 3)
-    return FeatureSpec("image", lips.ALGORITHM, "uint8", shape, fps, settings)
+    return FeatureSpec("image", lips.ALGORITHM, "uint8", shape, options.fps, settings)
 
 
 def located(models: ModelSet) -> ModelSet:
@@ -407,7 +455,7 @@ def located(models: ModelSet) -> ModelSet:
 
 
 def _description(
-    models: ModelSet, specs: Mapping[str, FeatureSpec], fps: int, device: str, precision: str
+    models: ModelSet, specs: Mapping[str, FeatureSpec], options: Options, device: str
 ) -> dict[str, Any]:
     from importlib.metadata import version
 
@@ -417,8 +465,8 @@ def _description(
         "label": label(models),
         "untrained stand-in": BUILTIN in (models.audio_model, models.text_model, models.lips),
         "weights": {modality: spec.settings["weights"] for modality, spec in specs.items()},
-        "fps": fps,
+        "fps": options.fps,
         "device": device,
-        "precision": precision,
+        "precision": options.precision,
         "libraries": {name: version(name) for name in libraries},
     }

@@ -74,13 +74,6 @@ def main(args: list[str] | None = None) -> None:
     except PmmError as error:
         _complain(str(error))
         code = 1
-    except _Interrupted as stop:
-        click.echo(
-            f"pmm: interrupted, {_count(stop.left, 'clip')} left; nothing that was computed is lost: run the "
-            "same command again to go on",
-            err=True,
-        )
-        code = INTERRUPTED
     except (click.Abort, KeyboardInterrupt):
         click.echo(
             "pmm: interrupted; nothing that was finished is lost: run the same command again to go on "
@@ -362,9 +355,17 @@ def precompute(
             on_event=progress,
             stopping=interrupts.asked,
         )
+    if outcome and outcome.pace.audio:
+        took = outcome.pace
+        _say("pace", f"{_pace_text(took)}; {_duration(took.audio)} of audio in {_duration(took.elapsed)}")
     _report(plan, outcome, progress.forecast, store_path, as_json)
     if outcome and outcome.left:
-        raise _Interrupted(outcome.left)
+        click.echo(
+            f"pmm: interrupted, {_count(outcome.left, 'clip')} left; what is computed is published: run the "
+            "same command again to go on",
+            err=True,
+        )
+        raise click.exceptions.Exit(INTERRUPTED)
     if outcome and outcome.failures:
         raise click.exceptions.Exit(FAILED_CLIPS)
 
@@ -382,14 +383,6 @@ def _modalities(only: str | None) -> frozenset[str]:
             f"{only!r}; expected some of audio, text, image, targets", param_hint="--only"
         )
     return frozenset(known[name] for name in named)
-
-
-class _Interrupted(KeyboardInterrupt):
-    """The user asked the run to stop, and it did, with so many clips left."""
-
-    def __init__(self, left: int):
-        super().__init__()
-        self.left = left
 
 
 class _Interrupts:
@@ -458,13 +451,15 @@ class _PrecomputeProgress:
 
 
 _RECENT_BATCHES = 8
-_AUDIO_BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}{postfix}]"
+_AUDIO_BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}{postfix}]"
+
+
+_STAGES = {"decode": "waiting for decoding", "models": "models busy", "disk": "waiting for the disk"}
 
 
 def _pace_text(pace: Pace) -> str:
-    """How fast, and what for: ``12.3 s/s, models``."""
-    stage = {"decode": "waits for decoding", "models": "models busy", "disk": "waits for the disk"}
-    return f"{pace.speed:.1f} s/s, {stage[pace.bottleneck]}"
+    """How fast, and what keeps it from being faster: ``12.3 s of audio a second, models busy``."""
+    return f"{pace.speed:.1f} s of audio a second, {_STAGES[pace.bottleneck]}"
 
 
 def _show_plan(plan: Plan, label: str, forecast: Forecast) -> None:

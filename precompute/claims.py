@@ -34,6 +34,7 @@ class Claim:
     pid: int
     specs: frozenset[str]
     clips: frozenset[str]
+    party: str = ""
 
     @property
     def abandoned(self) -> bool:
@@ -54,12 +55,16 @@ class Claims:
 
     ``quiet_seconds`` is how long the others have been seen to claim nothing new: by our own clock, no
     two of which need agree. One thread may take while another releases.
+
+    Processes of one ``party`` have shared the work out among themselves: they ignore each other's claims,
+    so that what one of them left when it died holds nobody up.
     """
 
-    def __init__(self, store: Store, specs: Iterable[str]):
-        self._store, self._specs = store, frozenset(specs)
+    def __init__(self, store: Store, specs: Iterable[str], party: str = ""):
+        self._store, self._specs, self._party = store, frozenset(specs), party
         self._mine: dict[str, frozenset[str]] = {}
         self._others: dict[str, Claim | None] = {}
+        self._partners: set[str] = set()
         self._outwaited: frozenset[str] = frozenset()
         self._changed = time.monotonic()
         self._lock = threading.RLock()
@@ -84,7 +89,13 @@ class Claims:
         if not free:
             return free
         key = f"{_FOLDER}/{_PREFIX}{uuid4().hex}{_ENDING}"
-        told = {"host": _host(), "pid": os.getpid(), "specs": sorted(self._specs), "clips": sorted(free)}
+        told = {
+            "host": _host(),
+            "pid": os.getpid(),
+            "specs": sorted(self._specs),
+            "clips": sorted(free),
+            "party": self._party,
+        }
         with suppress(PmmError):  # where claims cannot be written, work is shared less
             self._store.medium.create(key, sealed(told))
             self._mine[key] = free
@@ -114,10 +125,15 @@ class Claims:
 
     def _look(self) -> None:
         names = {entry.key for entry in self._store.medium.list(_FOLDER) if _is_claim(entry.key)}
-        names -= self._mine.keys()
+        names -= self._mine.keys() | self._partners
+        read = {key: self._read(key) for key in names - self._others.keys()}
+        self._partners |= {
+            key for key, one in read.items() if one and self._party and one.party == self._party
+        }
+        names -= self._partners
         if names != self._others.keys():
             self._changed = time.monotonic()
-        self._others = {key: self._others[key] if key in self._others else self._read(key) for key in names}
+        self._others = {key: one for key, one in (self._others | read).items() if key in names}
         for key in [key for key, one in self._others.items() if one and one.abandoned]:
             del self._others[key]
             self._delete(key)
@@ -126,7 +142,8 @@ class Claims:
         try:
             value = unsealed(self._store.medium.read(key, 0, _LARGEST), key)
             specs, clips = frozenset(value["specs"]), frozenset(value["clips"])
-            return Claim(str(value["host"]), int(value["pid"]), specs, clips)
+            host, pid, party = str(value["host"]), int(value["pid"]), str(value.get("party", ""))
+            return Claim(host, pid, specs, clips, party)
         except (PmmError, *MALFORMED):
             return None
 

@@ -268,6 +268,7 @@ def precompute(
         if carry_out is None:
             done = execute(plan, store, frozen, failures, limits, on_event, stopping)
         else:
+            frozen = None  # the room is for who computes
             done = carry_out(plan, store, failures)
     return plan, replace(done, failures=(*refused, *done.failures))
 
@@ -357,18 +358,20 @@ def execute(
     limits: Limits = _LIMITS,
     on_event: Callable[[Event], None] = lambda _: None,
     stopping: Callable[[], bool] = lambda: False,
+    party: str = "",
 ) -> Outcome:
     """Compute and publish the work of ``plan``.
 
     models            the frozen models whose specs the plan was made with; None for a plan of targets only
     earlier_failures  what the survey could not use: recorded durably with this run's own failures
     stopping          asked before each batch: once true, what is computed is published and the rest left
+    party             a name that processes share which have shared out one plan, and so need not claim it
 
     Events come in the thread that calls. Interrupted (KeyboardInterrupt), it publishes what is computed,
     records the failures and re-raises. Raises MediumError, with what was published before in place, where
     the disk is full or gone.
     """
-    run = _Run(plan, store, models, limits, on_event, stopping)
+    run = _Run(plan, store, models, limits, on_event, stopping, party)
     run.failures += earlier_failures
     try:
         left = run.all(plan.work)
@@ -403,6 +406,7 @@ class _Run:
         limits: Limits,
         on_event: Callable[[Event], None],
         stopping: Callable[[], bool],
+        party: str,
     ):
         self.specs = {share.spec.modality: share.spec for share in plan.shares}
         self.store, self.models, self.limits, self.on_event = store, models, limits, on_event
@@ -414,7 +418,7 @@ class _Run:
         self._told = 0
         self._known_failures = frozenset(store.failures())
         self._meter = Meter()
-        self._claims = Claims(store, (share.spec.id for share in plan.shares))
+        self._claims = Claims(store, (share.spec.id for share in plan.shares), party)
         description = models.description if models else {}
         self.outbox = Outbox(store, description, limits, self._claims.release)
         self._disk = Behind(limits.waiting_bytes, self._meter, self.outbox.tick)

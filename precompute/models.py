@@ -194,6 +194,19 @@ class Speech:
     text: np.ndarray
 
 
+def options_of(specs: Mapping[str, FeatureSpec], fps: int, device: str = "auto") -> Options:
+    """What has to be asked for to get features of these specs again, by modality; others do not matter."""
+    found: dict[str, Any] = {}
+    for spec in specs.values():
+        found |= {"precision": spec.settings["precision"]} if "precision" in spec.settings else {}
+    text, image = specs.get("text"), specs.get("image")
+    if text is not None and len(text.shape) == 2:
+        found["text_topk"] = text.settings["kept"]
+    if image is not None and len(image.shape) == 1:
+        found["lips"] = {"float16": "latent", "float32": "latent32"}[image.dtype]
+    return Options(fps, device, **found)
+
+
 class FrozenModels:
     """The frozen models of one set, ready to hear clips. Made by :func:`load`.
 

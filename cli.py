@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from pmm.precompute.models import ModelSet
     from pmm.precompute.pipeline import Pace
     from pmm.precompute.plan import Plan
-    from pmm.precompute.run import Outcome
+    from pmm.precompute.run import CarryOut, Outcome
     from pmm.store.care import Repaired
     from pmm.store.catalog import Store
     from pmm.store.share import Shared
@@ -296,6 +297,8 @@ def synth(out: Path, minutes: float, subjects: int, languages: str, seed: int, a
     show_default=True,
     help="Lip pictures, or the 27 times smaller latent (float16 or float32) they are painted from.",
 )
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Compute in N processes, one a GPU.")
+@click.option("--scheduler", metavar="ADDRESS", help="Compute on a Dask cluster: tcp://host:port.")
 @click.option("--only", metavar="LIST", help="Only these, comma-separated: audio, text, image, targets.")
 @click.option(
     "--limit", type=click.IntRange(1), metavar="N", help="Compute at most N clips; the next run goes on."
@@ -317,6 +320,8 @@ def precompute(
     precision: str,
     text_topk: int | None,
     lip_features: str,
+    workers: int | None,
+    scheduler: str | None,
     only: str | None,
     limit: int | None,
     retry_failed: bool,
@@ -339,21 +344,25 @@ def precompute(
     from pmm.precompute.run import precompute as run_precompute
 
     choice = Choice(_modalities(only), limit, retry_failed, skip_failed)
+    asked: dict[str, Any] = {
+        "models": _resolve(**models),
+        "options": Options(fps, device, precision, text_topk, lip_features),
+    }
+    limits = Limits(batch_seconds, round(fragment_mb * 1e6))
     with _bar("clip", "reading") as bar, _Interrupts() as interrupts:
         progress = _PrecomputeProgress(bar, interrupts)
+        told: dict[str, Any] = {"limits": limits, "on_event": progress, "stopping": interrupts.asked}
         plan, outcome = run_precompute(
             datasets,
             store_path,
-            _resolve(**models),
-            Options(fps, device, precision, text_topk, lip_features),
+            **asked,
             layout=layout,
             choice=choice,
-            limits=Limits(batch_seconds, round(fragment_mb * 1e6)),
             dry_run=dry_run,
             rehash=rehash,
             readmit=readmit,
-            on_event=progress,
-            stopping=interrupts.asked,
+            **told,
+            carry_out=_carry_out(workers, scheduler, **asked, **told),
         )
     if outcome and outcome.pace.audio:
         took = outcome.pace
@@ -368,6 +377,17 @@ def precompute(
         raise click.exceptions.Exit(INTERRUPTED)
     if outcome and outcome.failures:
         raise click.exceptions.Exit(FAILED_CLIPS)
+
+
+def _carry_out(workers: int | None, scheduler: str | None, **given: Any) -> CarryOut | None:
+    """Who computes: this process (None), workers that it starts, or those of a cluster there is."""
+    if workers and scheduler:
+        raise click.UsageError("--workers starts a cluster, --scheduler joins one; give one of them")
+    if not (workers or scheduler):
+        return None
+    from pmm.precompute import cluster
+
+    return partial(cluster.execute, workers=workers, scheduler=scheduler, **given)
 
 
 def _modalities(only: str | None) -> frozenset[str]:
@@ -440,6 +460,8 @@ class _PrecomputeProgress:
             self._paces.append(event.pace)
             recent = self._paces[-1] - self._paces[0] if len(self._paces) > 1 else event.pace
             self.bar.set_postfix_str(_pace_text(recent), refresh=False)
+        elif kind in _CLUSTER_TEXTS:
+            _say(*_CLUSTER_TEXTS[kind](event))
 
     def _planned(self, event: Any) -> None:
         self.seconds, self.forecast = event.plan.work_seconds, event.forecast
@@ -449,6 +471,24 @@ class _PrecomputeProgress:
         self.bar.reset(total=self.seconds)
         self.interrupts.arm()
 
+
+_CLUSTER_TEXTS: dict[str, Callable[[Any], tuple[str, str]]] = {
+    "Joined": lambda event: (
+        "cluster",
+        f"{_count(event.workers, 'worker')} at {event.address}"
+        + (f", to be watched at {event.dashboard}" if event.dashboard else ""),
+    ),
+    "Waiting": lambda event: (
+        "waiting",
+        f"no worker at {event.address} for {event.seconds:.0f} s; it goes on as soon as one comes",
+    ),
+    "Suspected": lambda event: (
+        "died",
+        f"{_count(event.deaths, 'worker')} of one task: its {event.clips} clips are tried in halves",
+    ),
+    "Stopping": lambda event: ("stopping", f"{_count(event.tasks, 'task')} under way"),
+}
+"""What is told of a cluster: a label and a line for each event."""
 
 _RECENT_BATCHES = 8
 _AUDIO_BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}{postfix}]"

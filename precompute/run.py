@@ -555,7 +555,7 @@ class _Run:
             track = livelink.read_targets(source.target, spec.fps, data=data)
             livelink.check_durations(item.clip, track, source.audio, source.target)
             fragment.check(spec, [(source.take.target, track.values)])
-        except (PmmError, OSError) as error:
+        except Exception as error:  # whatever is wrong with one file, the others go on
             return Failure(item.clip.id, source.take.source, "target", one_line(error))
         return source.take.target, track
 
@@ -623,7 +623,7 @@ class _Run:
 def _try_decode(item: Work) -> np.ndarray | Exception:
     try:
         return media.decode(item.audio, item.clip)
-    except (PmmError, OSError, MemoryError) as error:
+    except Exception as error:  # whatever is wrong with one file, the others go on
         return error
 
 
@@ -637,14 +637,13 @@ def _failure(item: Work, stage: str, error: BaseException) -> Failure:
         reason = (
             f"not enough memory for {item.clip.seconds:.0f} s of audio; give it more, or cut the recording"
         )
-    elif not isinstance(error, PmmError | OSError):  # a message that was not written for users
-        reason = f"{type(error).__name__}: {reason}"
     return Failure(item.clip.id, item.source, stage, reason)
 
 
 def _refuse_lost_device(error: Exception) -> None:
     """After such an error nothing runs on the device any more: no clip is to blame. Raises PmmError."""
-    if "CUDA error" in str(error):
+    message = " ".join(str(error).split())[:200]
+    if "CUDA error" in message:
         raise PmmError(
-            f"the GPU failed ({one_line(error)[:200]}); what was computed is kept: run the same command again"
+            f"the GPU failed ({message}); what was computed is kept: run the same command again"
         ) from error

@@ -938,9 +938,11 @@ def _info_text(summary: dict[str, Any]) -> str:
 
 
 def _made_with(feature: dict[str, Any]) -> str:
+    """By what it was made; and what is left of its fullest form, where that is not all: (latent, bf16)."""
     if feature["modality"] == "target":
         return str(feature["algorithm"])
-    return ", ".join(sorted({made.get("label", "?") for made in feature["made_with"]}))
+    labels = ", ".join(sorted({made.get("label", "?") for made in feature["made_with"]}))
+    return f"{labels}: {feature['form']}" if feature["form"] else labels
 
 
 def _when(iso: str) -> str:

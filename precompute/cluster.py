@@ -42,6 +42,8 @@ _QUIET_SECONDS = 10.0
 """After so long without a worker the user is told, and again whenever it was twice as long."""
 _EXPECTED_WORKERS = 8
 """Where none has come yet."""
+_IN_VAIN = 20
+"""So many workers that die, and not one task finished meanwhile, are no clip's fault."""
 
 
 class ClusterLost(PmmError, ConnectionError):
@@ -166,6 +168,7 @@ def _local(workers: int, device: str) -> Iterator[SpecCluster]:
     """A scheduler and workers on this machine, reached by nobody but this user where that can be had."""
     from distributed import Nanny, Scheduler, SpecCluster
 
+    _hush_tracker()
     common = {"host": "127.0.0.1", "protocol": "tls" if (secret := _secret()) else "tcp", "security": secret}
     page = find_spec("bokeh") is not None
     scheduler = {**common, "port": 0, "dashboard": page, "dashboard_address": "127.0.0.1:0"}
@@ -180,6 +183,20 @@ def _local(workers: int, device: str) -> Iterator[SpecCluster]:
         silence_logs=logging.CRITICAL,
     ) as cluster:
         yield cluster
+
+
+def _hush_tracker() -> None:
+    """Starts Python's keeper of semaphores, which outlives us, so that it complains of no interrupted run."""
+    from multiprocessing import resource_tracker
+
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (before, "ignore:resource_tracker")))
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        del os.environ["PYTHONWARNINGS"]
+        if before is not None:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 def _secret() -> Any:
@@ -215,6 +232,8 @@ def _gpus() -> list[str]:
 
 
 def _worker_options(place: _Place) -> dict[str, Any]:
+    import dask
+
     threads = os.environ.get("OMP_NUM_THREADS", str(place.threads))
     env = {f"{name}_NUM_THREADS": threads for name in ("OMP", "MKL", "OPENBLAS")}
     if place.gpu is not None:
@@ -224,7 +243,7 @@ def _worker_options(place: _Place) -> dict[str, Any]:
         "memory_limit": 0,  # its guess would be a share of the memory by threads, and it kills above that
         "env": env,
         "resources": {} if place.gpu is None else {worker.GPU: 1},
-        "preload": [worker.__name__],
+        "preload": [*dask.config.get("distributed.worker.preload"), worker.__name__],
         "silence_logs": logging.CRITICAL,
     }
 
@@ -283,6 +302,7 @@ class _Tasks:
         self._came: queue.SimpleQueue[int | str] = queue.SimpleQueue()  # a task by number, or a clip
         self._untold: dict[str, float] = {}
         self._stopped = False
+        self._in_vain = 0
         self._address = _address(client)
         self._resources = {worker.GPU: 1} if _with_gpus(client) else None
 
@@ -340,6 +360,7 @@ class _Tasks:
             future.release()
             if receipt.outcome is None:
                 return self._died(task, receipt.deaths)
+            self._in_vain = 0
             self._computed(task, receipt.published, receipt.outcome)
             return [receipt.outcome]
         if future.status != "error":
@@ -366,6 +387,12 @@ class _Tasks:
         """What is to be done with a task after so many deaths: again, in halves, or no more."""
         if self._stopped:
             return [_nothing(left=len(task.work))]
+        self._in_vain += max(1, deaths - task.deaths)
+        if self._in_vain >= _IN_VAIN:
+            raise PmmError(
+                f"{self._in_vain} workers died one after another and no task was finished; they may lack the "
+                "memory for these models or for such batches (--batch-seconds): see what they logged"
+            )
         if deaths < task.patience:
             self._submit(replace(task, deaths=deaths))
         elif len(task.work) > 1:

@@ -425,10 +425,18 @@ def build(checkpoint: Checkpoint, with_logits: bool) -> Any:
     return model.requires_grad_(False).eval()
 
 
+_NORMALISED_AT_ONCE = 1 << 20
+
+
 def normalised(wave: np.ndarray) -> np.ndarray:
     """Zero mean and unit variance over the whole utterance (n,), as wav2vec2's feature extractor does."""
-    wide = wave.astype(np.float64)
-    return ((wide - wide.mean()) / np.sqrt(wide.var() + 1e-7)).astype(np.float32)
+    parts = [slice(start, start + _NORMALISED_AT_ONCE) for start in range(0, len(wave), _NORMALISED_AT_ONCE)]
+    mean = sum(wave[part].sum(dtype=np.float64) for part in parts) / len(wave)
+    variance = sum(np.square(wave[part] - mean).sum() for part in parts) / len(wave)
+    result = np.empty(len(wave), np.float32)
+    for part in parts:  # a recording of hours is not held in float64
+        result[part] = (wave[part] - mean) / np.sqrt(variance + 1e-7)
+    return result
 
 
 # --- clips to features ------------------------------------------------------------------------------------

@@ -465,9 +465,45 @@ def test_timing_changes_no_bit(captures: Path, tmp_path: Path) -> None:
         opened = Store.open(store)
         return {n: {row: opened.read(n, row).tobytes() for row in opened.rows(n)} for n in opened.specs}
 
-    tight = digests(tmp_path / "tight", Limits(3.0, 1 << 20, decoded_bytes=1, waiting_bytes=1, decoders=1), 0.02)
+    tight = digests(
+        tmp_path / "tight", Limits(3.0, 1 << 20, decoded_bytes=1, waiting_bytes=1, decoders=1), 0.02
+    )
     roomy = digests(tmp_path / "roomy", Limits(3.0, decoders=4), 0.0)
     assert tight == roomy
+
+
+def test_the_stage_that_holds_a_run_up_is_named(
+    captures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow disk, and slow files: as real ones, but for the pauses."""
+    from pmm.precompute import media
+    from pmm.precompute.models import resolve
+    from pmm.precompute.run import BatchDone, Limits
+    from pmm.precompute.run import precompute as run
+    from pmm.store.medium import LocalMedium
+
+    def paced(name: str) -> Any:
+        events: list[object] = []
+        limits = Limits(1.0, fragment_bytes=1, waiting_bytes=1, decoders=1)
+        _, outcome = run([captures], tmp_path / name, resolve("tiny"), limits=limits, on_event=events.append)
+        assert outcome is not None
+        assert sum(isinstance(event, BatchDone) for event in events) == 4
+        assert outcome.pace.audio == pytest.approx(6.05)
+        return outcome.pace
+
+    decode = media.decode
+    monkeypatch.setattr(media, "decode", lambda *args: time.sleep(0.6) or decode(*args))
+    assert paced("files").bottleneck == "decode"
+    monkeypatch.undo()
+
+    def before(operation: str, key: str) -> None:
+        if operation == "fsync" and key.endswith("values"):
+            time.sleep(0.15)
+
+    monkeypatch.setattr(LocalMedium.__init__, "__defaults__", (before, None))
+    pace = paced("disk")
+    assert pace.bottleneck == "disk"
+    assert pace.disk >= 16 * 0.15
 
 
 def test_a_lost_spec_file_is_written_again(pmm: Run, captures: Path, filled: Path) -> None:

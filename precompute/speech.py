@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pmm import BadInput, NotFound, PmmError
 from pmm.precompute import memory, topk
+from pmm.precompute.extractor import Extractor
 from pmm.precompute.weights import Tensors, canonical, fit, one_line, read_tensors, weights_digest
 from pmm.store import clock
 from pmm.store.digest import strict_json
@@ -307,6 +308,8 @@ class SpeechModel:
         # A group norm spans time: padding would change every step, even under a mask.
         self.can_pad = checkpoint.architecture["feat_extract_norm"] != "group"
         self.model = build(checkpoint, wants_logits).to(device)
+        if self.can_pad and device.type == "cpu":  # with a group norm transformers' own is the faster
+            self.model.wav2vec2.feature_extractor = Extractor(self.model.wav2vec2.feature_extractor, dtype)
         if dtype != torch.float32:
             _store_matrices(self.model, dtype)
         self._block_output: Tensor | None = None

@@ -92,8 +92,8 @@ def test_features_are_those_of_transformers(config: dict[str, Any]) -> None:
         last = reference.wav2vec2(torch.from_numpy(sound)[None]).last_hidden_state
     for layer, expected in ((2, whole.hidden_states[2]), (None, last)):
         [(hidden, logits)] = model(checkpoint, layer).forward([sound])
-        np.testing.assert_allclose(hidden, expected[0].numpy(), atol=1e-5)
-        np.testing.assert_allclose(logits, whole.logits[0].numpy(), atol=1e-5)
+        for ours, theirs in ((hidden, expected[0].numpy()), (logits, whole.logits[0].numpy())):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.sqrt(np.square(theirs).mean()))
     np.testing.assert_allclose(whole.logits[0], reference.lm_head(last)[0], atol=1e-5)
     final_norm_missing = (whole.hidden_states[-1] - last).abs().max() > 0.1
     assert final_norm_missing == config.get("do_stable_layer_norm", False)
@@ -329,14 +329,20 @@ def test_values_that_are_no_numbers_fail_their_clip_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_lower_precision_has_the_bits_of_autocast(dtype: torch.dtype) -> None:
-    checkpoint = made(LAYER_NORM)
+@pytest.mark.parametrize("config", [LAYER_NORM, GROUP_NORM], ids=["layer norm", "group norm"])
+def test_lower_precision_is_no_less_exact_than_autocast(config: dict[str, Any], dtype: torch.dtype) -> None:
+    checkpoint = made(config)
     plain, sound = speech.build(checkpoint, with_logits=True), speech.normalised(wave(16_000))
-    with torch.inference_mode(), torch.autocast("cpu", dtype):
-        expected = plain(torch.from_numpy(sound)[None]).logits[0].float().numpy()
+    with torch.inference_mode():
+        exact = plain(torch.from_numpy(sound)[None]).logits[0].numpy()
+        with torch.autocast("cpu", dtype):
+            theirs = plain(torch.from_numpy(sound)[None]).logits[0].float().numpy()
     frozen = speech.SpeechModel(checkpoint, None, True, True, CPU, dtype)
-    [(_, logits)] = frozen.forward([sound])
-    np.testing.assert_array_equal(logits, expected)
+    [(_, ours)] = frozen.forward([sound])
+    error, allowed = (np.square(x - exact).mean() for x in (ours, theirs))
+    assert 0 < error < 1.5 * allowed
+    if config is GROUP_NORM:
+        np.testing.assert_array_equal(ours, theirs)  # with weights in that type the very bits
 
 
 # --- long recordings --------------------------------------------------------------------------------------

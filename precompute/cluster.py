@@ -16,6 +16,7 @@ import os
 import queue
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import reduce
@@ -243,7 +244,7 @@ def _worker_options(place: _Place) -> dict[str, Any]:
         "memory_limit": 0,  # its guess would be a share of the memory by threads, and it kills above that
         "env": env,
         "resources": {} if place.gpu is None else {worker.GPU: 1},
-        "preload": [*dask.config.get("distributed.worker.preload"), worker.__name__],
+        "preload": [*dask.config.get("distributed.worker.preload", []), worker.__name__],
         "silence_logs": logging.CRITICAL,
     }
 
@@ -356,8 +357,7 @@ class _Tasks:
 
     def _ended(self, number: int, task: Task, future: Future) -> list[run.Outcome]:
         if future.status == "finished":
-            receipt: worker.Receipt = future.result()
-            future.release()
+            receipt = self._receipt(future)
             if receipt.outcome is None:
                 return self._died(task, receipt.deaths)
             self._in_vain = 0
@@ -369,6 +369,14 @@ class _Tasks:
         if _is_killed(error):
             return self._died(task, task.deaths + self._begun().count(number))
         raise _readable(error)
+
+    def _receipt(self, future: Future) -> worker.Receipt:
+        try:
+            receipt: worker.Receipt = future.result()
+        except (CancelledError, OSError):
+            raise self._lost() from None
+        future.release()
+        return receipt
 
     def _computed(self, task: Task, published: Sequence[run.Published], outcome: run.Outcome) -> None:
         for event in published:
@@ -416,8 +424,11 @@ class _Tasks:
         self._stopped = True
         begun = set(self._begun())
         waiting = [self._open.pop(number) for number in list(self._open) if number not in begun]
-        self.client.log_event(self.job.stop, True)
-        self.client.cancel([future for _, future in waiting])
+        try:
+            self.client.log_event(self.job.stop, True)
+            self.client.cancel([future for _, future in waiting])
+        except OSError:
+            raise self._lost() from None
         self.on_event(Stopping(len(self._open)))
         return [_nothing(left=len(task.work)) for task, _ in waiting]
 

@@ -291,6 +291,34 @@ def test_out_of_memory_halves_the_batch_and_goes_on(error: Exception) -> None:
     assert frozen.max_batch_samples == 36_000  # six of 24,000 padded, three, then one
 
 
+_CONFINED = """
+import resource
+import numpy as np
+import torch
+from pathlib import Path
+from pmm.precompute import speech, standin
+from pmm.store import clock
+
+torch.set_num_threads(1)
+model = speech.SpeechModel(standin.speech_checkpoint(), 2, True, True, torch.device("cpu"))
+whole = standin.made_speech(seconds=6)
+waves = [whole[: 90_000 + 64 * n] for n in range(40)]
+free = speech.features(model, waves[:3], 10**9)
+held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + (300 << 20), resource.RLIM_INFINITY))
+confined = speech.features(model, waves, 10**9)
+assert all(isinstance(one, tuple) for one in confined), confined
+apart = max(np.abs(a.astype(float) - b).max() for x, y in zip(free, confined) for a, b in zip(x, y))
+print(model.max_batch_samples < len(waves) * len(waves[0]), apart < 0.02)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
+def test_a_real_shortage_of_memory_halves_the_batch_too() -> None:
+    done = subprocess.run([sys.executable, "-c", _CONFINED], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("True True\n", 0), done.stderr
+
+
 def test_a_clip_too_large_for_the_memory_fails_alone() -> None:
     frozen = model(made(LAYER_NORM))
     room_for(frozen, 40_000, torch.OutOfMemoryError("CUDA out of memory."))

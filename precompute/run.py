@@ -414,7 +414,7 @@ class _Run:
         self.failures: list[Failure] = []
         self.clips = 0
         self.clipped = self.dropped = 0
-        self._to_come = len(plan.work)
+        self._work, self._through = plan.work, set[str]()
         self._told = 0
         self._known_failures = frozenset(store.failures())
         self._meter = Meter()
@@ -424,9 +424,13 @@ class _Run:
         self._disk = Behind(limits.waiting_bytes, self._meter, self.outbox.tick)
 
     def outcome(self) -> Outcome:
-        box, left = self.outbox, self._to_come if self.stopping() else 0
+        box = self.outbox
+        left = sum(map(self._not_come_to, self._work)) if self.stopping() else 0
         made = (self.clips, box.rows, box.fragments, box.bytes, tuple(self.failures))
         return Outcome(*made, self.clipped, self.dropped, left, self._meter.pace)
+
+    def _not_come_to(self, item: Work) -> bool:
+        return item.clip.id not in self._through and self._still_missing(item) is not None
 
     def all(self, work: Sequence[Work]) -> list[Work]:
         """Computes ``work`` and has it published, except what another run is at; returns that."""
@@ -439,7 +443,7 @@ class _Run:
                     return []
                 self.batch(batch, heard)
                 self._tell()
-                self._to_come -= len(batch)
+                self._through.update(item.clip.id for item in batch)
                 self.on_event(BatchDone(self._meter.pace))
         self._disk.do(self.outbox.flush)
         return left

@@ -43,6 +43,7 @@ _QUIET_SECONDS = 10.0
 """After so long without a worker the user is told, and again whenever it was twice as long."""
 _EXPECTED_WORKERS = 8
 """Where none has come yet."""
+_SLOW_RESTART = "distributed.deploy.lost-worker-timeout"
 _IN_VAIN = 20
 """So many workers that die, and not one task finished meanwhile, are no clip's fault."""
 
@@ -167,6 +168,7 @@ def _client(workers: int | None, scheduler: str | None, device: str) -> Iterator
 @contextmanager
 def _local(workers: int, device: str) -> Iterator[SpecCluster]:
     """A scheduler and workers on this machine, reached by nobody but this user where that can be had."""
+    import dask
     from distributed import Nanny, Scheduler, SpecCluster
 
     _hush_tracker()
@@ -177,12 +179,13 @@ def _local(workers: int, device: str) -> Iterator[SpecCluster]:
         number: {"cls": Nanny, "options": {**common, **_worker_options(one)}}
         for number, one in enumerate(_places(workers, device))
     }
-    with SpecCluster(
-        workers=specs,
-        scheduler={"cls": Scheduler, "options": scheduler},
-        security=secret,
-        silence_logs=logging.CRITICAL,
-    ) as cluster:
+    given = {"cls": Scheduler, "options": scheduler}
+    with (
+        dask.config.set({_SLOW_RESTART: "1 day"}),  # its own 15 s are too few for a busy machine
+        SpecCluster(
+            workers=specs, scheduler=given, security=secret, silence_logs=logging.CRITICAL
+        ) as cluster,
+    ):
         yield cluster
 
 
@@ -397,10 +400,7 @@ class _Tasks:
             return [_nothing(left=len(task.work))]
         self._in_vain += max(1, deaths - task.deaths)
         if self._in_vain >= _IN_VAIN:
-            raise PmmError(
-                f"{self._in_vain} workers died one after another and no task was finished; they may lack the "
-                "memory for these models or for such batches (--batch-seconds): see what they logged"
-            )
+            raise PmmError(f"{self._in_vain} workers died one after another and no task was finished; {_WHY}")
         if deaths < task.patience:
             self._submit(replace(task, deaths=deaths))
         elif len(task.work) > 1:
@@ -452,6 +452,12 @@ def _with_gpus(client: Client) -> bool:
     return any(worker.GPU in one["resources"] for one in there)
 
 
+_WHY = (
+    "they may lack the memory for these models or for such batches (--batch-seconds); try it without a "
+    "cluster, or see what they logged"
+)
+
+
 def _is_killed(error: object) -> bool:
     from distributed.scheduler import KilledWorker
 
@@ -466,6 +472,13 @@ def _readable(error: BaseException) -> BaseException:
             f"a worker cannot read its task ({_line(cause)}); install the same pmm and libraries there"
         )
     return error
+
+
+def _none_restarts(client: Client) -> bool:
+    """Whether those who keep the workers that we started have given up: one that dies at once is left."""
+    if client.cluster is None:
+        return False
+    return all(one.status.name in ("closed", "failed") for one in client.cluster.workers.values())
 
 
 class _Idle:
@@ -489,6 +502,8 @@ class _Idle:
         if there:
             self._since, self._next = None, _QUIET_SECONDS
             return
+        if _none_restarts(self.client):
+            raise PmmError(f"all workers died, and none could be started again; {_WHY}")
         self._since = self._since or time.monotonic()
         waited = time.monotonic() - self._since
         if waited >= self._next:

@@ -34,7 +34,7 @@ from pmm.store.digest import json_line, sealed, strict_json, unsealed
 from pmm.store.doctor import insist
 from pmm.store.feature import FeatureSpec
 from pmm.store.fragment import CHUNK_BYTES, FORMAT, MALFORMED, Fragment, Reader, refuse_newer
-from pmm.store.medium import Medium, make_root
+from pmm.store.medium import Medium, MediumError, make_root
 from pmm.store.remote import ObjectMedium, is_address, medium_at
 
 MARK = "pmm.json"
@@ -658,6 +658,7 @@ class _Table(Generic[T]):
     def __init__(self, folder: str, ending: str, limit: int, load: Callable[[str, bytes, str], T]):
         self.items: dict[str, T] = {}
         self.problems: dict[str, str] = {}
+        self._refused: set[str] = set()  # of the problems, those of the medium: read again each time
         self._folder, self._ending, self._limit, self._load = folder, ending, limit, load
 
     def refresh(self, medium: Medium, where: str) -> bool:
@@ -667,14 +668,18 @@ class _Table(Generic[T]):
         for key in known - found.keys():
             self.items.pop(key, None)
             self.problems.pop(key, None)
-        new = sorted(found.keys() - known)
+        refused = {key: self.problems.pop(key) for key in self._refused if key in self.problems}
+        self._refused.clear()
+        new = sorted(found.keys() - self.items.keys() - self.problems.keys())
         self._foresee(medium, new, where)
         for key in new:
             try:
                 self._read(medium, key, found[key], where)
             except PmmError as error:
                 self.problems[key] = str(error)
-        return bool(new or known - found.keys())
+                if isinstance(error, MediumError):  # which may have been a lost connection
+                    self._refused.add(key)
+        return bool(known - found.keys()) or any(key in self.items or key not in refused for key in new)
 
     def _foresee(self, medium: Medium, new: Sequence[str], where: str) -> None:
         """What is about to be read."""

@@ -9,6 +9,7 @@ that it is refused when somebody brings it back. Killed in between, it is run ag
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
@@ -18,7 +19,7 @@ from pmm.store import snapshots
 from pmm.store.catalog import Listing, Removal, Store
 from pmm.store.clip import Take
 from pmm.store.compact import intact, rewrite
-from pmm.store.fragment import ID_BYTES, MAX_CLIPS, Fragment, hexes
+from pmm.store.fragment import ID_BYTES, MAX_CLIPS, RECORD_BYTES, Fragment, hexes
 from pmm.store.retire import abandon, folders, record_of, retire, whole_sums
 
 _SHORTEST = 8
@@ -99,6 +100,7 @@ def readmit(store: Store, ids: Collection[str], specs: Collection[str] = ()) -> 
 def purge(store: Store) -> Purged:
     """Destroys the bytes of all that removals in force want purged. Does nothing where they are gone."""
     store = Store(store.where, store.medium, indexed=False)
+    _settle(store)
     wanted = [one for one in store.removals.values() if one.purge]
     ids = frozenset(chain(*(one.hidden for one in wanted)))
     specs = frozenset(chain(*(one.specs for one in wanted)))
@@ -193,6 +195,17 @@ def _write_without(store: Store, one: Fragment, ids: Collection[str], specs: Col
             f"{store.where}/{new.folder} is not what was just written to it; nothing was deleted"
         )
     return True
+
+
+def _settle(store: Store) -> None:
+    """Sees to it that what counts as unreadable is damaged, as nothing is deleted for a lost connection.
+
+    Raises MediumError.
+    """
+    for key in store.problems:
+        with suppress(NotFound):
+            store.medium.read(key, 0, RECORD_BYTES)
+    store.refresh()
 
 
 def _purge_unknown(store: Store, ids: Collection[str], specs: Collection[str]) -> int:

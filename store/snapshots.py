@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pmm import AlreadyThere, BadInput, NotFound, PmmError, StoreCorrupt
+from pmm import AlreadyThere, BadInput, NotFound, StoreCorrupt
 from pmm.store.cache import Fetched
 from pmm.store.catalog import SHEET_BYTES, Store, now, sheet, unsheet, writer
 from pmm.store.clip import Take
@@ -316,7 +316,7 @@ def purge(store: Store, ids: Collection[str], specs: Collection[str]) -> int:
     for name in names(store):
         try:
             old = load(store, name)
-        except PmmError:  # who knows what it names
+        except (StoreCorrupt, BadInput):  # who knows what it names
             store.medium.delete(_key(name))
             continue
         new = without(old, ids, specs)

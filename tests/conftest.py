@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch is imported
+
+if TYPE_CHECKING:
+    from pmm.store.catalog import Store
 
 RATE = 48_000
 
@@ -69,6 +74,40 @@ def pmm_process() -> Callable[..., subprocess.Popen[str]]:
         return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     return start
+
+
+class Killed(BaseException):
+    """The machine stops here."""
+
+
+@pytest.fixture(scope="session")
+def killed() -> Callable[[Path, int, Callable[[Store], object]], bool]:
+    """``killed(path, at, work)`` works on the store there until the machine stops before operation ``at``.
+
+    The disk is then as it was at that instant. False if the work was done before.
+    """
+    from pmm.store.catalog import Store
+    from pmm.store.medium import LocalMedium
+
+    def run(path: Path, at: int, work: Callable[[Store], object]) -> bool:
+        then, left = Path(f"{path}.then"), [at]
+
+        def before(operation: str, key: str) -> None:
+            if left[0] == 0:
+                shutil.copytree(path, then)
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+
+        try:
+            work(Store(path, LocalMedium(path, before=before)))
+        except Killed:
+            shutil.rmtree(path)
+            then.rename(path)
+            return True
+        return False
+
+    return run
 
 
 def babble(seconds: float, seed: int) -> np.ndarray:

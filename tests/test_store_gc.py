@@ -54,36 +54,8 @@ def store(memory):
     return Store.create(memory / "store")
 
 
-class Killed(BaseException):
-    """The machine stops here."""
-
-
-def killed(path, at, work):
-    """Does ``work`` with the store at ``path`` on a machine that stops before its ``at``-th operation.
-
-    The disk is then as it was at that instant. False if the work was done before.
-    """
-    then, left = Path(f"{path}.then"), [at]
-
-    def before(operation, key):
-        if left[0] == 0:
-            shutil.copytree(path, then)
-        left[0] -= 1
-        if left[0] < 0:
-            raise Killed
-
-    try:
-        work(Store(path, LocalMedium(path, before=before)))
-    except Killed:
-        shutil.rmtree(path)
-        then.rename(path)
-        return True
-    return False
-
-
-def dead_writer(store, at):
+def dead_writer(killed, store, at):
     """What a writer leaves that was killed before its ``at``-th operation."""
-
     assert killed(store.path, at, lambda dying: dying.publish(AUDIO, some("dead"), {}))
 
 
@@ -91,9 +63,9 @@ def dead_writer(store, at):
 
 
 @pytest.mark.parametrize("at", range(5, 55, 6))
-def test_gc_takes_what_a_killed_writer_left_and_nothing_else(store, at):
+def test_gc_takes_what_a_killed_writer_left_and_nothing_else(store, at, killed):
     kept = store.publish(AUDIO, some("a"), {})
-    dead_writer(store, at)
+    dead_writer(killed, store, at)
     report = verify(store)
     assert report.clean
     planned = gc(store, grace_seconds=0, dry_run=True)
@@ -111,8 +83,8 @@ def test_gc_takes_what_a_killed_writer_left_and_nothing_else(store, at):
     assert (again.unfinished, again.bytes) == ((), 0)
 
 
-def test_what_is_younger_than_the_grace_period_stays(store):
-    dead_writer(store, 30)
+def test_what_is_younger_than_the_grace_period_stays(store, killed):
+    dead_writer(killed, store, 30)
     done = gc(store, grace_seconds=3600)
     assert (done.unfinished, done.young > 0) == ((), True)
     for folder, _, files in os.walk(store.path / "fragments"):
@@ -121,8 +93,8 @@ def test_what_is_younger_than_the_grace_period_stays(store):
     assert len(gc(store, grace_seconds=3600).unfinished) == 1
 
 
-def test_an_abandoned_folder_is_taken_without_waiting(store):
-    dead_writer(store, 30)
+def test_an_abandoned_folder_is_taken_without_waiting(store, killed):
+    dead_writer(killed, store, 30)
     (folder,) = {"/".join(entry.key.split("/")[:3]) for entry in store.medium.list("fragments")}
     store.medium.create(f"records/{folder.removeprefix('fragments/')}.json", ABANDONED)
     assert gc(store, grace_seconds=1e9).unfinished == (folder,)
@@ -395,7 +367,7 @@ def test_compact_keeps_every_row_in_fewer_fragments(store):
     assert compact(fresh).written == ()
 
 
-def test_compact_killed_before_any_of_its_operations_loses_nothing_and_is_ended_by_the_next(memory):
+def test_compact_killed_before_any_of_its_operations_loses_nothing_and_is_ended_by_the_next(memory, killed):
     store = Store.create(memory / "original")
     for keys in (("a", "b"), ("c",), ("d",)):
         store.publish(AUDIO, some(*keys), {})

@@ -1,6 +1,8 @@
 """Who withdraws consent is gone: hidden at once, with --purge destroyed, and after a merge, too."""
 
+import itertools
 import json
+import os
 import shutil
 
 import numpy as np
@@ -14,12 +16,16 @@ from pmm.store.clip import Take, lossless_clip, target_id
 from pmm.store.compact import compact
 from pmm.store.feature import FeatureSpec
 from pmm.store.gc import gc
+from pmm.store.medium import MediumError
 from pmm.store.removal import purge, readmit, remove
 from pmm.store.share import merge
 
 AUDIO = FeatureSpec("audio", "rm/1", "float16", (5,), None, {})
 TARGET = FeatureSpec("target", "rm/1", "float32", (3,), 30, {})
 HERE = {"host": "h", "root": "/data", "layout": "livelink"}
+
+
+KILL_EVERY = int(os.environ.get("PMM_KILL_EVERY", "7"))  # 1 in tests/campaign
 
 
 def take(number, subject):
@@ -142,6 +148,49 @@ def test_gc_ends_a_purge_that_was_cut_short_and_takes_what_slow_writers_brought_
     assert TAKES[0].clip.id not in store.rows(AUDIO.id)
     assert gc(store).purged == 1
     assert traces(store.path) == set()
+
+
+def test_a_purge_killed_anywhere_is_ended_by_gc_and_takes_nobody_else(tmp_path, killed):
+    fill(tmp_path / "original")
+    snapshots.take(Store.open(tmp_path / "original"), "before")
+    for at in itertools.count(step=KILL_EVERY):
+        path = shutil.copytree(tmp_path / "original", tmp_path / "store")
+        alive = not killed(path, at, lambda dying: remove(dying, subjects=["anna"], purge_bytes=True))
+        begun = any((path / "removed").glob("*.json"))
+        gc(Store.open(path), grace_seconds=0)
+        fresh = Store.open(path)
+        assert (traces(path) == set()) == begun
+        assert verify(fresh).clean
+        for one in TAKES[2:4]:
+            assert fresh.read(AUDIO.id, one.clip.id).all()
+            assert fresh.read(TARGET.id, one.target).all()
+        assert {one.subject for one in fresh.takes()} >= {"bob"}
+        shutil.rmtree(path)
+        if alive:
+            break
+    assert at > 150
+
+
+def test_a_purge_deletes_nothing_for_a_record_that_cannot_be_read_just_then(store):
+    lost, read = [], store.medium.read
+
+    def losing(key, start, length):
+        if key.startswith("records/") and key not in lost:
+            lost.append(key)
+            raise MediumError(f"cannot read {key}: the connection was lost")
+        return read(key, start, length)
+
+    store.medium.read = losing
+    remove(store, subjects=["anna"], purge_bytes=True)
+    fresh = Store.open(store.path)
+    assert len(lost) == 4
+    assert traces(store.path) == set()
+    assert {one.clip.id for one in TAKES[2:4]} == set(fresh.rows(AUDIO.id))
+    broken = Store.open(store.path)
+    broken.medium.read = lambda key, *span: losing(key, *span) if lost.clear() is None else b""
+    with pytest.raises(MediumError, match="the connection was lost"):
+        purge(broken)
+    assert len(Store.open(store.path).rows(AUDIO.id)) == 2
 
 
 def test_a_feature_set_is_removed_and_purged(store):

@@ -167,12 +167,14 @@ def _client(workers: int | None, scheduler: str | None, device: str) -> Iterator
 
 @contextmanager
 def _local(workers: int, device: str) -> Iterator[SpecCluster]:
-    """A scheduler and workers on this machine, reached by nobody but this user where that can be had."""
+    """A scheduler and workers on this machine, reached by nobody but this user."""
     import dask
     from distributed import Nanny, Scheduler, SpecCluster
+    from distributed.security import Security
 
     _hush_tracker()
-    common = {"host": "127.0.0.1", "protocol": "tls" if (secret := _secret()) else "tcp", "security": secret}
+    secret = Security.temporary()  # certificates that live as long as the cluster
+    common = {"host": "127.0.0.1", "protocol": "tls", "security": secret}
     page = find_spec("bokeh") is not None
     scheduler = {**common, "port": 0, "dashboard": page, "dashboard_address": "127.0.0.1:0"}
     specs = {
@@ -201,13 +203,6 @@ def _hush_tracker() -> None:
         del os.environ["PYTHONWARNINGS"]
         if before is not None:
             os.environ["PYTHONWARNINGS"] = before
-
-
-def _secret() -> Any:
-    """Certificates that live as long as the cluster, or None where the library that makes them is missing."""
-    from distributed.security import Security
-
-    return Security.temporary() if find_spec("cryptography") else None
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does,
 import numpy as np
 import torch
 
-from pmm.precompute import lips, models, speech, standin
+from pmm.precompute import face, lips, models, speech, standin
 from pmm.precompute.datasets import livelink
 from pmm.store import clock
 
@@ -74,7 +74,7 @@ class Size:
     long_minutes: tuple[int, ...]
 
 
-FULL = Size(PAPER_CONFIG, 16, 6, 5, 3, (2, 8, 32))
+FULL = Size(PAPER_CONFIG, 16, 3, 4, 2, (2, 8, 32))
 QUICK = Size(SMALL_CONFIG, 2, 3, 2, 1, (1, 2))
 CUDA = Size(PAPER_CONFIG, 16, 200, 5, 3, (2, 8, 32))
 
@@ -184,12 +184,11 @@ class Bare:
 
     def _windows(self, waves: Sequence[np.ndarray]) -> Iterator[torch.Tensor]:
         made = self.generator
-        for heard in waves:
-            frames = clock.frames(len(heard), clock.SPEECH_RATE, FPS)
-            windows = torch.from_numpy(lips.mel_windows(heard, frames, FPS))[:, None]
-            for part in windows.split(made.micro_batch):  # the last of a clip is filled up, as in ours
-                filled = torch.cat([part, part[-1:].expand(made.micro_batch - len(part), -1, -1, -1)])
-                yield filled.to(made.device)
+        counts = [clock.frames(len(heard), clock.SPEECH_RATE, FPS) for heard in waves]
+        every = [lips.mel_windows(heard, count, FPS) for heard, count in zip(waves, counts)]
+        for part in torch.from_numpy(np.concatenate(every))[:, None].split(made.micro_batch):
+            filled = torch.cat([part, part[-1:].expand(made.micro_batch - len(part), -1, -1, -1)])
+            yield filled.to(made.device)
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -258,7 +257,9 @@ class Job:
     run: Callable[[], None]
 
 
-def rounds(count: int, jobs: Sequence[Job]) -> dict[str, list[float]]:
+def rounds(
+    count: int, jobs: Sequence[Job], now: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each job in each round: all run in each, in another order; once before to warm up."""
     seconds: dict[str, list[float]] = {job.name: [] for job in jobs}
     for job in jobs:
@@ -266,9 +267,10 @@ def rounds(count: int, jobs: Sequence[Job]) -> dict[str, list[float]]:
     for turn in range(count):
         first = turn % len(jobs)
         for job in (*jobs[first:], *jobs[:first]):
-            start = time.perf_counter()
+            start = now()
             job.run()
-            seconds[job.name].append(time.perf_counter() - start)
+            seconds[job.name].append(now() - start)
+            print(f"round {turn + 1}: {job.name} {seconds[job.name][-1]:.1f} s", file=sys.stderr)
     return seconds
 
 
@@ -449,7 +451,81 @@ def again(root: Path, size: Size) -> dict[str, object]:
     return {"first_s": seconds[0], "second_s": seconds[1]}
 
 
-PARTS = {"speed": speed, "workers": workers, "memory": memory, "again": again}
+def painting(root: Path, size: Size) -> dict[str, object]:
+    """Lip frames by the published forward and by ours in fp32 and bf16: processor time of one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    network = lips.Wav2Lip(size.lips_base).requires_grad_(False).eval()
+    drawn = face.drawn_face()
+    ours = {
+        name: lips.LipGenerator(network, drawn, FPS, torch.device("cpu"), dtype)
+        for name, dtype in (("ours fp32", torch.float32), ("ours bf16", torch.bfloat16))
+    }
+    frames = 4 * ours["ours fp32"].micro_batch
+    windows = torch.from_numpy(lips.mel_windows(standin.made_speech(3), frames, FPS))
+    faces = lips.face_input(drawn).repeat(frames, 1, 1, 1)
+
+    def paint(generator: lips.LipGenerator) -> None:
+        for part in windows.split(generator.micro_batch):
+            generator._decode(part)
+
+    jobs = [Job("published", lambda: network(windows[:, None], faces))]
+    jobs += [Job(name, partial(paint, generator)) for name, generator in ours.items()]
+    with torch.inference_mode():
+        seconds = rounds(3 * size.rounds, jobs, now=time.thread_time)
+    torch.set_num_threads(threads)
+    milliseconds = {
+        name: round(1000 * statistics.median(times) / frames, 2) for name, times in seconds.items()
+    }
+    base = seconds.pop("published")
+    faster = {name: spread(a / b for a, b in zip(base, times)) for name, times in seconds.items()}
+    return {"ms_per_frame": milliseconds, "times_as_fast_as_published": faster}
+
+
+BASE_CONFIG = {
+    "feat_extract_norm": "layer",
+    "do_stable_layer_norm": True,
+    "conv_bias": True,
+    "vocab_size": 32,
+}
+
+
+def seams(root: Path, size: Size) -> dict[str, object]:
+    """A minute of sound in overlapping windows against the whole of it, relative to the values' rms."""
+    from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+
+    torch.manual_seed(0)
+    tensors = dict(Wav2Vec2ForCTC(Wav2Vec2Config(**BASE_CONFIG)).state_dict())
+    config = {**BASE_CONFIG, "model_type": "wav2vec2"}
+    base = speech.Checkpoint("base", config, {"do_normalize": True}, None, tensors)
+    heard = speech.normalised(standin.made_speech(60, seed=9))
+    found = {}
+    for name, checkpoint in {"tiny": standin.speech_checkpoint(), "base, random weights": base}.items():
+        model = speech.SpeechModel(checkpoint, None, True, True, torch.device("cpu"))
+        model.do_normalize = False  # it is
+        ((whole, _),) = model.forward([heard])
+        ((parts, _),) = speech.features(model, [heard], clock.samples(60, clock.SPEECH_RATE))
+        error = np.abs(parts.astype(np.float64) - whole) / np.sqrt(np.square(whole.astype(np.float64)).mean())
+        near = np.zeros(len(error), bool)
+        for seam in range(speech.CHUNK_KEPT_STEPS, len(error), speech.CHUNK_KEPT_STEPS):
+            near[seam - 50 : seam + 50] = True
+        found[name] = {
+            "largest": round(float(error.max()), 4),
+            "largest_within_1_s_of_a_seam": round(float(error[near].max()), 4),
+            "rms": round(float(np.sqrt(np.square(error).mean())), 4),
+        }
+    return found
+
+
+PARTS = {
+    "speed": speed,
+    "painting": painting,
+    "seams": seams,
+    "workers": workers,
+    "memory": memory,
+    "again": again,
+}
 
 
 def show(result: dict[str, object]) -> None:

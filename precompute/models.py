@@ -252,14 +252,18 @@ class FrozenModels:
 
         (T, 96, 96, 3) uint8 RGB frames, or (T, D) latents, which ``paint`` makes frames of.
         """
+        return self.lips_of([wave], [frame_count])[0]
+
+    def lips_of(self, waves: Sequence[np.ndarray], frame_counts: Sequence[int]) -> list[np.ndarray]:
+        """The lip features of several waves, the same that each has alone. What fails, fails for all."""
         spec = self.specs["image"]
         with _exact():
             if len(spec.shape) > 1:
-                return self._generator.frames(wave, frame_count)
-            latents = self._generator.latents(wave, frame_count)
+                return self._generator.frames_of(waves, frame_counts)
+            latents = self._generator.latents_of(waves, frame_counts)
         with np.errstate(over="ignore"):
-            stored = latents.astype(spec.dtype)
-        if not np.isfinite(stored).all():
+            stored = [one.astype(spec.dtype) for one in latents]
+        if not all(np.isfinite(one).all() for one in stored):
             raise BadInput("lip latents overflow float16; they can be stored as float32 (latent32)")
         return stored
 

@@ -397,6 +397,13 @@ class _Heard:
         return [one for one in self.tracks if isinstance(one, Failure)]
 
 
+Ready = tuple[Work, np.ndarray]
+"""A clip and its sound, (n,) float32 at 16 kHz."""
+
+Rows = Mapping[str, np.ndarray]
+"""By modality."""
+
+
 class _Run:
     def __init__(
         self,
@@ -572,56 +579,67 @@ class _Run:
                 failed[item.clip.id] = _failure(item, "decode", one.wave)
             elif one.wave is not None:
                 ready.append((item, one.wave))
-        for (item, wave), values in zip(ready, self._hear(ready)):
-            rows = values if isinstance(values, Exception) else self._complete(item, wave, values)
+        for item, rows in zip((item for item, _ in ready), self._rows(ready)):
             if isinstance(rows, Exception):
                 failed[item.clip.id] = _failure(item, "features", rows)
                 continue
+            self._meter.add("audio", item.clip.seconds)
             for modality in sorted(item.features):
                 self._add(self.specs[modality], item.clip.id, rows[modality])
         return failed
 
-    def _hear(self, ready: Sequence[tuple[Work, np.ndarray]]) -> list[dict[str, np.ndarray] | Exception]:
-        """Audio (S, D) and text (S, V) of every clip in the batch, or what went wrong with it.
+    def _rows(self, ready: Sequence[Ready]) -> list[Rows | Exception]:
+        """All that is missing of each clip in the batch, as its spec says; or what went wrong with it."""
+        found = []
+        for (item, _), *parts in zip(ready, self._each(ready, self._hear), self._each(ready, self._paint)):
+            wrong = next((part for part in parts if isinstance(part, Exception)), None)
+            rows = {name: x for part in parts if not isinstance(part, Exception) for name, x in part.items()}
+            found.append(wrong or self._checked(item, rows))
+        return found
 
-        A batch that fails as a whole is heard clip by clip, so that only the guilty one is set aside.
+    def _checked(self, item: Work, rows: Rows) -> Rows | Exception:
+        try:
+            for modality in item.features:
+                fragment.check(self.specs[modality], [(item.clip.id, rows[modality])])
+        except Exception as error:
+            return error
+        return rows
+
+    def _each(
+        self, ready: Sequence[Ready], work: Callable[[Sequence[Ready]], Sequence[Rows | Exception]]
+    ) -> list[Rows | Exception]:
+        """What ``work`` makes of each clip of a batch.
+
+        A batch that fails as a whole is tried clip by clip, so that only the guilty one is set aside.
         """
-        if not any(item.features & {"audio", "text"} for item, _ in ready):
-            return [{} for _ in ready]
-        assert self.models is not None
         try:
             with self._meter.timing("models"):
-                heard = self.models.speech([wave for _, wave in ready])
+                return list(work(ready))
         except Exception as error:
             _refuse_lost_device(error)
             if len(ready) == 1:
                 return [error]
-            return [self._hear([one])[0] for one in ready]
+        return [self._each([one], work)[0] for one in ready]
+
+    def _hear(self, ready: Sequence[Ready]) -> list[Rows | Exception]:
+        """Audio (S, D) and text (S, V) of every clip, or what went wrong with it."""
+        if not any(item.features & {"audio", "text"} for item, _ in ready):
+            return [{} for _ in ready]
+        assert self.models is not None
+        heard = self.models.speech([wave for _, wave in ready])
         return [v if isinstance(v, Exception) else {"audio": v.audio, "text": v.text} for v in heard]
 
-    def _complete(
-        self, item: Work, wave: np.ndarray, rows: Mapping[str, np.ndarray]
-    ) -> Mapping[str, np.ndarray] | Exception:
-        """The rows with the clip's lip frames, each as its spec says; or what went wrong."""
-        try:
-            with self._meter.timing("models"):
-                rows = {**self._paint(item, wave), **rows}
-            for modality in item.features:
-                fragment.check(self.specs[modality], [(item.clip.id, rows[modality])])
-        except Exception as error:
-            _refuse_lost_device(error)
-            return error
-        self._meter.add("audio", item.clip.seconds)
-        return rows
-
-    def _paint(self, item: Work, wave: np.ndarray) -> dict[str, np.ndarray]:
-        """Lip frames (T, 96, 96, 3) of one clip."""
-        if "image" not in item.features:
-            return {}
+    def _paint(self, ready: Sequence[Ready]) -> list[Rows]:
+        """Lip frames (T, 96, 96, 3) or latents (T, D) of every clip that lacks them."""
+        wanted = [(item.clip, wave) for item, wave in ready if "image" in item.features]
+        if not wanted:
+            return [{} for _ in ready]
         fps = self.specs["image"].fps
         assert fps is not None
         assert self.models is not None
-        return {"image": self.models.lips(wave, clock.frames(item.clip.samples, item.clip.rate, fps))}
+        counts = [clock.frames(clip.samples, clip.rate, fps) for clip, _ in wanted]
+        painted = iter(self.models.lips_of([wave for _, wave in wanted], counts))
+        return [{"image": next(painted)} if "image" in item.features else {} for item, _ in ready]
 
 
 def _try_decode(item: Work) -> np.ndarray | Exception:

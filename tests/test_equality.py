@@ -131,3 +131,8 @@ def test_lip_frames_have_the_same_bits_in_every_order(waves: Sequence[np.ndarray
     forwards = {i: ours.frames(waves[i], counts[i]) for i in chosen}
     for i in reversed(chosen):
         np.testing.assert_array_equal(fresh.frames(waves[i], counts[i]), forwards[i])
+    together = fresh.frames_of([waves[i] for i in chosen], list(counts.values()))
+    latents = fresh.latents_of([waves[i] for i in chosen], list(counts.values()))
+    for i, frames, embedded in zip(chosen, together, latents):
+        np.testing.assert_array_equal(frames, forwards[i])
+        np.testing.assert_array_equal(embedded, ours.latents(waves[i], counts[i]))

@@ -60,22 +60,23 @@ class Wrapped:
     """The frozen models of set tiny, with something done to what one of them says."""
 
     def __init__(
-        self, real: FrozenModels, speech: Callable[..., Any] | None, lips: Callable[..., Any] | None
+        self, real: FrozenModels, speech: Callable[..., Any] | None, lips_of: Callable[..., Any] | None
     ):
         self.real = real
         self.specs, self.description, self.label = real.specs, real.description, real.label
         self.speech = (lambda waves: speech(real, waves)) if speech else real.speech
-        self.lips = (lambda wave, count: lips(real, wave, count)) if lips else real.lips
+        self.lips = real.lips
+        self.lips_of = (lambda waves, counts: lips_of(real, waves, counts)) if lips_of else real.lips_of
 
 
 @pytest.fixture
 def wrap(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Has every run load wrapped models: ``wrap(speech=..., lips=...)``."""
+    """Has every run load wrapped models: ``wrap(speech=..., lips_of=...)``."""
     load = frozen_models.load
 
-    def use(speech: Callable[..., Any] | None = None, lips: Callable[..., Any] | None = None) -> None:
+    def use(speech: Callable[..., Any] | None = None, lips_of: Callable[..., Any] | None = None) -> None:
         monkeypatch.setattr(
-            frozen_models, "load", lambda *args, **options: Wrapped(load(*args, **options), speech, lips)
+            frozen_models, "load", lambda *args, **options: Wrapped(load(*args, **options), speech, lips_of)
         )
 
     return use
@@ -169,14 +170,18 @@ def test_a_batch_that_fails_is_tried_clip_by_clip(
 def test_a_lip_generator_that_fails_on_one_clip(
     wrap: Callable[..., None], captures: Path, tmp_path: Path
 ) -> None:
-    def lips(real: FrozenModels, wave: np.ndarray, count: int) -> np.ndarray:
-        if is_victim(wave):
-            raise RuntimeError("no such kernel")
-        return real.lips(wave, count)
+    calls: list[int] = []
 
-    wrap(lips=lips)
+    def lips_of(real: FrozenModels, waves: list[np.ndarray], counts: list[int]) -> list[np.ndarray]:
+        calls.append(len(waves))
+        if any(map(is_victim, waves)):
+            raise RuntimeError("no such kernel")
+        return real.lips_of(waves, counts)
+
+    wrap(lips_of=lips_of)
     reason = of_the_victim(run(captures, tmp_path / "store"), tmp_path / "store")
     assert reason == "RuntimeError: no such kernel"
+    assert calls == [4, 1, 1, 1, 1]
 
 
 def test_a_lost_gpu_blames_no_clip(wrap: Callable[..., None], captures: Path, tmp_path: Path) -> None:

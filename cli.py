@@ -10,10 +10,14 @@ import itertools
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +28,11 @@ from pmm import PmmError, __version__
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from pmm.precompute.forecast import Forecast
     from pmm.precompute.models import ModelSet
+    from pmm.precompute.pipeline import Pace
     from pmm.precompute.plan import Plan
-    from pmm.precompute.run import Outcome
+    from pmm.precompute.run import CarryOut, Outcome
     from pmm.store.care import Repaired
     from pmm.store.catalog import Store
     from pmm.store.share import Shared
@@ -274,6 +280,31 @@ def synth(out: Path, minutes: float, subjects: int, languages: str, seed: int, a
     show_default=True,
     help="Close a fragment at this size.",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    default="fp32",
+    show_default=True,
+    help="Of the models' arithmetic; bf16 and fp16 are faster, and other features.",
+)
+@click.option(
+    "--text-topk", type=click.IntRange(1), metavar="K", help="Keep the K largest logits of each step only."
+)
+@click.option(
+    "--lip-features",
+    type=click.Choice(["frames", "latent", "latent32"]),
+    default="frames",
+    show_default=True,
+    help="Lip pictures, or the 27 times smaller latent (float16 or float32) they are painted from.",
+)
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Compute in N processes, one a GPU.")
+@click.option("--scheduler", metavar="ADDRESS", help="Compute on a Dask cluster: tcp://host:port.")
+@click.option("--only", metavar="LIST", help="Only these, comma-separated: audio, text, image, targets.")
+@click.option(
+    "--limit", type=click.IntRange(1), metavar="N", help="Compute at most N clips; the next run goes on."
+)
+@click.option("--retry-failed", is_flag=True, help="Only clips whose last try failed.")
+@click.option("--skip-failed", is_flag=True, help="Leave out clips whose last try failed.")
 @click.option("--rehash", is_flag=True, help="Read every recording, also those that have not changed.")
 @click.option("--readmit", is_flag=True, help="Take back what was removed from the store on purpose.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
@@ -286,6 +317,15 @@ def precompute(
     device: str,
     batch_seconds: float,
     fragment_mb: float,
+    precision: str,
+    text_topk: int | None,
+    lip_features: str,
+    workers: int | None,
+    scheduler: str | None,
+    only: str | None,
+    limit: int | None,
+    retry_failed: bool,
+    skip_failed: bool,
     rehash: bool,
     readmit: bool,
     dry_run: bool,
@@ -294,51 +334,175 @@ def precompute(
 ) -> None:
     """Run the frozen models once over every clip of DATASETS and cache what they say in a store.
 
-    What the store already holds is not computed again, whoever put it there. Interrupt it and run
-    the same command again: it goes on. Exit 3 when some clips could not be used (each is named).
+    What the store already holds is not computed again, whoever put it there. Interrupt it (Ctrl-C) and
+    it finishes the batch under way, publishes what is computed and stops; twice, and it stops at once.
+    Run the same command again: it goes on. Exit 3 when some clips could not be used (each is named).
     """
+    from pmm.precompute.models import Options
+    from pmm.precompute.plan import Choice
     from pmm.precompute.run import Limits
     from pmm.precompute.run import precompute as run_precompute
 
-    with _bar("clip", "reading") as bar:
+    choice = Choice(_modalities(only), limit, retry_failed, skip_failed)
+    asked: dict[str, Any] = {
+        "models": _resolve(**models),
+        "options": Options(fps, device, precision, text_topk, lip_features),
+    }
+    limits = Limits(batch_seconds, round(fragment_mb * 1e6))
+    with _bar("clip", "reading") as bar, _Interrupts() as interrupts:
+        progress = _PrecomputeProgress(bar, interrupts)
+        told: dict[str, Any] = {"limits": limits, "on_event": progress, "stopping": interrupts.asked}
         plan, outcome = run_precompute(
             datasets,
             store_path,
-            _resolve(**models),
-            fps=fps,
-            device=device,
+            **asked,
             layout=layout,
-            limits=Limits(batch_seconds, round(fragment_mb * 1e6)),
+            choice=choice,
             dry_run=dry_run,
             rehash=rehash,
             readmit=readmit,
-            on_event=_PrecomputeProgress(bar),
+            **told,
+            carry_out=_carry_out(workers, scheduler, **asked, **told),
         )
-    _report(plan, outcome, store_path, as_json)
+    if outcome and outcome.pace.audio:
+        took = outcome.pace
+        _say("pace", f"{_pace_text(took)}; {_duration(took.audio)} of audio in {_duration(took.elapsed)}")
+    _report(plan, outcome, progress.forecast, store_path, as_json)
+    if outcome and outcome.left:
+        click.echo(
+            f"pmm: interrupted, {_count(outcome.left, 'clip')} left; what is computed is published: run the "
+            "same command again to go on",
+            err=True,
+        )
+        raise click.exceptions.Exit(INTERRUPTED)
     if outcome and outcome.failures:
         raise click.exceptions.Exit(FAILED_CLIPS)
+
+
+def _carry_out(workers: int | None, scheduler: str | None, **given: Any) -> CarryOut | None:
+    """Who computes: this process (None), workers that it starts, or those of a cluster there is."""
+    if workers and scheduler:
+        raise click.UsageError("--workers starts a cluster, --scheduler joins one; give one of them")
+    if not (workers or scheduler):
+        return None
+    from pmm.precompute import cluster
+
+    return partial(cluster.execute, workers=workers, scheduler=scheduler, **given)
+
+
+def _modalities(only: str | None) -> frozenset[str]:
+    """The features of --only, by the names the store has for them."""
+    from pmm.store.feature import MODALITIES
+
+    named = [part.strip().lower() for part in (only or "").split(",") if part.strip()]
+    if only is None:
+        return frozenset(MODALITIES)
+    known = {**{name: name for name in MODALITIES}, "targets": "target"}
+    if not named or any(name not in known for name in named):
+        raise click.BadParameter(
+            f"{only!r}; expected some of audio, text, image, targets", param_hint="--only"
+        )
+    return frozenset(known[name] for name in named)
+
+
+class _Interrupts:
+    """Ctrl-C while clips are computed: once asks for a stop, twice is one.
+
+    Before ``arm`` it is as everywhere: it stops the command.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: Any = None
+
+    def __enter__(self) -> _Interrupts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def asked(self) -> bool:
+        return self._asked
+
+    def arm(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._on_signal)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self._asked:
+            text = "\npmm: stopped at once; what was published is kept: run the same command again to go on\n"
+            os.write(2, text.encode())
+            os._exit(INTERRUPTED)  # the store is made for it: nothing half-written is ever visible
+        self._asked = True
+        text = "stopping after this batch, to publish what is computed; Ctrl-C again stops at once"
+        os.write(2, f"\npmm: {text}\n".encode())
 
 
 class _PrecomputeProgress:
     """Events of a precompute run: a bar over clips read, the plan, a bar over seconds of audio."""
 
-    def __init__(self, bar: tqdm):
-        self.bar, self.seconds = bar, 0.0
+    def __init__(self, bar: tqdm, interrupts: _Interrupts):
+        self.bar, self.interrupts = bar, interrupts
+        self.seconds = 0.0
+        self.forecast: Forecast | None = None
+        self._paces: deque[Pace] = deque(maxlen=_RECENT_BATCHES)
 
     def __call__(self, event: Any) -> None:
         kind = type(event).__name__
         if kind == "Probed":
             _reach(self.bar, event.done, event.total)
         elif kind == "Planned":
-            self.seconds = sum(item.clip.seconds for item in event.plan.work)
-            _show_plan(event.plan, event.label)
-            self.bar.unit, self.bar.desc = "s", "computing: "
-            self.bar.reset(total=self.seconds)
+            self._planned(event)
         elif kind == "ClipDone":
             _reach(self.bar, self.bar.n + event.seconds, self.seconds)
+        elif kind == "BatchDone":
+            self._paces.append(event.pace)
+            recent = self._paces[-1] - self._paces[0] if len(self._paces) > 1 else event.pace
+            self.bar.set_postfix_str(_pace_text(recent), refresh=False)
+        elif kind in _CLUSTER_TEXTS:
+            _say(*_CLUSTER_TEXTS[kind](event))
+
+    def _planned(self, event: Any) -> None:
+        self.seconds, self.forecast = event.plan.work_seconds, event.forecast
+        _show_plan(event.plan, event.label, event.forecast)
+        self.bar.unit, self.bar.desc = "s", "computing: "
+        self.bar.bar_format = _AUDIO_BAR
+        self.bar.reset(total=self.seconds)
+        self.interrupts.arm()
 
 
-def _show_plan(plan: Plan, label: str) -> None:
+_CLUSTER_TEXTS: dict[str, Callable[[Any], tuple[str, str]]] = {
+    "Joined": lambda event: (
+        "cluster",
+        f"{_count(event.workers, 'worker')} at {event.address}"
+        + (f", to be watched at {event.dashboard}" if event.dashboard else ""),
+    ),
+    "Waiting": lambda event: (
+        "waiting",
+        f"no worker at {event.address} for {event.seconds:.0f} s; it goes on as soon as one comes",
+    ),
+    "Suspected": lambda event: (
+        "died",
+        f"{_count(event.deaths, 'worker')} of one task: its {event.clips} clips are tried in halves",
+    ),
+    "Stopping": lambda event: ("stopping", f"{_count(event.tasks, 'task')} under way"),
+}
+"""What is told of a cluster: a label and a line for each event."""
+
+_RECENT_BATCHES = 8
+_AUDIO_BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}{postfix}]"
+
+
+_STAGES = {"decode": "waiting for decoding", "models": "models busy", "disk": "waiting for the disk"}
+
+
+def _pace_text(pace: Pace) -> str:
+    """How fast, and what keeps it from being faster: ``12.3 s of audio a second, models busy``."""
+    return f"{pace.speed:.1f} s of audio a second, {_STAGES[pace.bottleneck]}"
+
+
+def _show_plan(plan: Plan, label: str, forecast: Forecast) -> None:
     subjects = len({(s.take.dataset, s.take.subject) for s in plan.sources})
     _say(
         "found",
@@ -348,24 +512,48 @@ def _show_plan(plan: Plan, label: str) -> None:
     _say("models", label)
     for share in plan.shares:
         shape = "x".join(map(str, share.spec.shape))
-        todo = (
-            f"{share.missing:6d} to compute {_size(share.bytes):>10}"
-            if share.missing
-            else "       all cached"
-        )
+        if share.missing:
+            todo = f"{share.missing:6d} to compute {_size(share.bytes):>10}"
+        else:
+            todo = "     nothing to do" if plan.left_out else "       all cached"
         _say(
             "plan", f"{share.spec.modality:<7}{shape:>9} {share.spec.dtype:<8}{share.cached:6d} cached {todo}"
         )
+    if plan.left_out:
+        _say("left out", f"{_count(plan.left_out, 'clip')} that could be computed, as you chose")
+    if plan.work:
+        _say("needs", _needs_text(plan, forecast))
+    if forecast.tight:
+        _say(
+            "warning",
+            f"the longest clip needs {_size(forecast.memory)} of memory beside the models, "
+            f"{_size(forecast.free_memory or 0)} are free: cut it, or compute it on a larger machine",
+        )
 
 
-def _report(plan: Plan, outcome: Outcome | None, store: Path | str, as_json: bool) -> None:
+def _needs_text(plan: Plan, forecast: Forecast) -> str:
+    """``1.2 GB of 830.1 GB free on the disk; about 0:10:00 for 1:00:00 of audio``."""
+    disk = _size(forecast.disk)
+    if forecast.free_disk is not None:
+        disk = f"{disk} of {_size(forecast.free_disk)} free"
+    audio = f"{_count(len(plan.work), 'clip')}, {_duration(plan.work_seconds)}"
+    took = "" if forecast.seconds is None else f"; about {_duration(max(1, forecast.seconds))} of computing"
+    return f"disk {disk}; {audio}{took}"
+
+
+def _report(
+    plan: Plan, outcome: Outcome | None, forecast: Forecast | None, store: Path | str, as_json: bool
+) -> None:
     for failure in outcome.failures if outcome else ():
         named = Path(failure.source).name in failure.reason
         click.echo(f"pmm: failed: {'' if named else failure.source + ': '}{failure.reason}", err=True)
     if as_json:
-        _print_json({"plan": plan.to_json(), "outcome": outcome and outcome.to_json()})
+        told = {**plan.to_json(), "forecast": forecast and forecast.to_json()}
+        _print_json({"plan": told, "outcome": outcome and outcome.to_json()})
     elif outcome is None:
         click.echo(f"dry run: nothing computed; {_size(plan.bytes)} would be written")
+    elif not plan.work and not outcome.failures and plan.left_out:
+        click.echo(f"nothing to compute: {_count(plan.left_out, 'clip')} left out")
     elif not plan.work and not outcome.failures:
         click.echo(f"nothing to compute: all {plan.clips} clips are in {store}")
     else:

@@ -109,7 +109,10 @@ def resampled(curves: Curves, fps: int) -> Curves:
 
 
 def features(models: FrozenModels, wave: np.ndarray, frames: int) -> dict[str, np.ndarray]:
-    """What the models say of a wave (n,) at 16 kHz: audio (S, D), text (S, V), image (T, 96, 96, 3)."""
+    """What the models say of a wave (n,) at 16 kHz: audio (S, D), text (S, V), image (T, 96, 96, 3).
+
+    Or text and image in their smaller forms, as the models were asked for.
+    """
     heard = models.speech([wave])[0]
     if isinstance(heard, Exception):
         raise heard
@@ -155,9 +158,10 @@ def _frozen_models(
     run: Run, models: ModelSet | None, replaced: Mapping[str, Any], device: str
 ) -> FrozenModels:
     """The models ``run`` was fitted with; refused (BadInput) if their features are not the very same."""
-    from pmm.precompute.models import load
+    from pmm.precompute.models import load, options_of
 
-    frozen = load(replace(models or _recorded_models(run), **replaced), fps=run.fps, device=device)
+    options = options_of(run.specs, run.fps, device)
+    frozen = load(replace(models or _recorded_models(run), **replaced), options)
     for name, spec in run.specs.items():
         if name != "target" and frozen.specs[name].id != spec.id:
             raise BadInput(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -33,6 +34,7 @@ class Claim:
     pid: int
     specs: frozenset[str]
     clips: frozenset[str]
+    party: str = ""
 
     @property
     def abandoned(self) -> bool:
@@ -52,15 +54,20 @@ class Claims:
     """This run's claims on clips of one store, and its view of the others'.
 
     ``quiet_seconds`` is how long the others have been seen to claim nothing new: by our own clock, no
-    two of which need agree.
+    two of which need agree. One thread may take while another releases.
+
+    Processes of one ``party`` have shared the work out among themselves: they ignore each other's claims,
+    so that what one of them left when it died holds nobody up.
     """
 
-    def __init__(self, store: Store, specs: Iterable[str]):
-        self._store, self._specs = store, frozenset(specs)
+    def __init__(self, store: Store, specs: Iterable[str], party: str = ""):
+        self._store, self._specs, self._party = store, frozenset(specs), party
         self._mine: dict[str, frozenset[str]] = {}
         self._others: dict[str, Claim | None] = {}
+        self._partners: set[str] = set()
         self._outwaited: frozenset[str] = frozenset()
         self._changed = time.monotonic()
+        self._lock = threading.RLock()
 
     @property
     def quiet_seconds(self) -> float:
@@ -68,16 +75,27 @@ class Claims:
 
     def taken(self) -> frozenset[str]:
         """Clips that other runs, as far as we know alive, have claimed under any of our specs."""
-        self._look()
-        return self._theirs(self._others)
+        with self._lock:
+            self._look()
+            return self._theirs(self._others)
 
     def take(self, clips: Sequence[str]) -> frozenset[str]:
         """Claims those of ``clips`` that nobody has; returns them. Of two at once the lower name wins."""
+        with self._lock:
+            return self._take(clips)
+
+    def _take(self, clips: Sequence[str]) -> frozenset[str]:
         free = frozenset(clips) - self.taken()
         if not free:
             return free
         key = f"{_FOLDER}/{_PREFIX}{uuid4().hex}{_ENDING}"
-        told = {"host": _host(), "pid": os.getpid(), "specs": sorted(self._specs), "clips": sorted(free)}
+        told = {
+            "host": _host(),
+            "pid": os.getpid(),
+            "specs": sorted(self._specs),
+            "clips": sorted(free),
+            "party": self._party,
+        }
         with suppress(PmmError):  # where claims cannot be written, work is shared less
             self._store.medium.create(key, sealed(told))
             self._mine[key] = free
@@ -87,12 +105,14 @@ class Claims:
     def release(self, clips: Iterable[str]) -> None:
         """Lets go of the claims all of whose clips are among ``clips``: published, or failed."""
         done = frozenset(clips)
-        for key in [key for key, held in self._mine.items() if held <= done]:
-            del self._mine[key]
-            self._delete(key)
+        with self._lock:
+            for key in [key for key, held in self._mine.items() if held <= done]:
+                del self._mine[key]
+                self._delete(key)
 
     def release_all(self) -> None:
-        self.release(frozenset().union(*self._mine.values()))
+        with self._lock:
+            self.release(frozenset().union(*self._mine.values()))
 
     def outwaited(self) -> None:
         """The claims that stand now are not respected any more, if the others are quiet."""
@@ -105,10 +125,15 @@ class Claims:
 
     def _look(self) -> None:
         names = {entry.key for entry in self._store.medium.list(_FOLDER) if _is_claim(entry.key)}
-        names -= self._mine.keys()
+        names -= self._mine.keys() | self._partners
+        read = {key: self._read(key) for key in names - self._others.keys()}
+        self._partners |= {
+            key for key, one in read.items() if one and self._party and one.party == self._party
+        }
+        names -= self._partners
         if names != self._others.keys():
             self._changed = time.monotonic()
-        self._others = {key: self._others[key] if key in self._others else self._read(key) for key in names}
+        self._others = {key: one for key, one in (self._others | read).items() if key in names}
         for key in [key for key, one in self._others.items() if one and one.abandoned]:
             del self._others[key]
             self._delete(key)
@@ -117,7 +142,8 @@ class Claims:
         try:
             value = unsealed(self._store.medium.read(key, 0, _LARGEST), key)
             specs, clips = frozenset(value["specs"]), frozenset(value["clips"])
-            return Claim(str(value["host"]), int(value["pid"]), specs, clips)
+            host, pid, party = str(value["host"]), int(value["pid"]), str(value.get("party", ""))
+            return Claim(host, pid, specs, clips, party)
         except (PmmError, *MALFORMED):
             return None
 

@@ -12,6 +12,7 @@ callers on uint8 RGB.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,12 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from pmm import BadInput
+from pmm import BadInput, PmmError
 from pmm.precompute import mel as mels
+from pmm.precompute import memory
 from pmm.precompute.weights import Tensors, fit, refuse_unexpected
 from pmm.store import clock
 
 ALGORITHM = "wav2lip-frames/1"
+LATENT_ALGORITHM = "wav2lip-latent/1"
 FACE_SIZE = 96
 WINDOW_COLUMNS = 16
 PUBLISHED_BASE = 16
@@ -193,11 +196,96 @@ def folded(network: Wav2Lip) -> Wav2Lip:
     return network
 
 
-class LipGenerator:
-    """Lip frames of one face.
+class _Step(nn.Module):
+    """A folded Conv as it moves deviations from rest: inputs x0 + d, f in, outputs less their own rest out.
 
-    A clip's frames run in micro-batches of one fixed size, the last one filled up, so that the bits
-    of a frame do not depend on what else was asked for. The face is still, so it is encoded once.
+    Let y0 be what the convolution (and the residual) gives at rest. As it is linear, and as
+    ``relu(y0 + e) - relu(y0) == max(e + min(y0, 0), -relu(y0))`` for any e,
+
+        d' = max(conv_x(d) [+ d] + low, floor),    low = min(y0, 0),    floor = -relu(y0)
+
+    where y0, the still features f and the bias enter through two constants. Exact but for rounding.
+    """
+
+    low: Tensor
+    floor: Tensor
+
+    def __init__(self, block: Conv, moving: int, at_rest: Tensor):
+        super().__init__()
+        layer: Any = block.conv_block[0]
+        inputs_axis = 0 if isinstance(layer, nn.ConvTranspose2d) else 1
+        self.conv = _without_bias(layer, layer.weight.narrow(inputs_axis, 0, moving).contiguous())
+        self.residual = block.residual
+        y0 = layer(at_rest) + (at_rest if block.residual else 0)
+        self.register_buffer("low", y0.clamp(max=0))
+        self.register_buffer("floor", -y0.clamp(min=0))
+
+    def forward(self, d: Tensor) -> Tensor:
+        y: Tensor = self.conv(d)
+        if self.residual:
+            y = y.add_(d)
+        return torch.maximum(y.add_(self.low), self.floor, out=y)
+
+
+def _without_bias(layer: Any, weight: Tensor) -> Any:
+    """A layer of the same stride and padding, with another weight and no bias."""
+    other = copy.copy(layer)
+    other._parameters = {"weight": nn.Parameter(weight, requires_grad=False), "bias": None}
+    return other
+
+
+class FacePainter(nn.Module):
+    """The decoder for one still face: audio embeddings (N, D, 1, 1) to BGR in 0..1, (N, 3, 96, 96) float32.
+
+    network  folded
+    face     as ``face_input`` gives it
+    rest     (1, D, 1, 1) an embedding, such as that of silence: what is computed is how a frame deviates
+             from the frame painted from it. Numbers of low precision err in proportion to
+             their size, and deviations are small; the frame at rest is computed in float32.
+    dtype    of the convolutions
+
+    The last layer and the sigmoid run in float32 always: near 1, neighbouring bfloat16 numbers are a
+    grey level apart.
+    """
+
+    rest: Tensor
+    colours_at_rest: Tensor
+
+    def __init__(self, network: Wav2Lip, face: Tensor, rest: Tensor, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+        output: Any = network.output_block
+        decoder: Any = network.face_decoder_blocks
+        x0, steps = rest, []
+        for read, block in zip([None, *network.encode_face(face)], [*decoder, output[:1]]):
+            for number, conv in enumerate(block):
+                at_rest = torch.cat([x0, read], dim=1) if read is not None and number == 0 else x0
+                steps.append(_Step(conv, x0.shape[1], at_rest))
+                x0 = -steps[-1].floor
+        self.steps = nn.Sequential(*steps).to(dtype)
+        self.colours = _without_bias(output[1], output[1].weight)
+        self.register_buffer("rest", rest)
+        self.register_buffer("colours_at_rest", output[1](x0))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        deviation = (embeddings - self.rest).to(self.dtype)
+        moved = self.colours(self.steps(deviation).float())
+        return torch.sigmoid_(moved.add_(self.colours_at_rest))
+
+
+_Rows = Callable[[slice], np.ndarray]
+_Network = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class LipGenerator:
+    """Lip frames of one face, from sound or from latents.
+
+    A *latent* is the network's audio embedding, ``latent_size`` = 32 x ``base`` numbers: given the face,
+    all that a frame depends on. It is computed in float32; ``dtype`` is what the painter computes in.
+
+    Everything runs in micro-batches of one fixed size, the last one filled up, so that the bits of a
+    frame do not depend on what else was asked for; where memory runs out, that size is halved for good.
+    What depends on the face alone is computed once. Several threads may ask at once.
 
     On a CPU the micro-batches run side by side, one thread each: threads inside the network's many
     small layers would mostly wait for one another (on a busy machine, three times slower).
@@ -209,39 +297,87 @@ class LipGenerator:
         face: np.ndarray,
         fps: int,
         device: torch.device,
-        autocast: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
     ):
-        self.fps = fps
-        self.device, self.autocast = device, autocast
+        self.fps, self.device = fps, device
         on_cpu = device.type == "cpu"
         self.micro_batch = 16 if on_cpu else 64
         self._workers = ThreadPoolExecutor(
             torch.get_num_threads() if on_cpu else 1, "lips", initializer=torch.set_num_threads, initargs=(1,)
         )
-        self.network = folded(network).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        with torch.inference_mode(), self._precision():
-            self.face_features = self.network.encode_face(face_input(face).to(device))
+        network = folded(network)
+        with torch.no_grad():
+            silence = torch.from_numpy(mel_windows(np.zeros(1, np.float32), 1, fps))[:, None]
+            painter = FacePainter(network, face_input(face), network.audio_encoder(silence), dtype)
+        layout: Any = {"device": device, "memory_format": torch.channels_last}
+        self.encoder, self.painter = network.audio_encoder.to(**layout), painter.to(**layout)
+        self.latent_size = painter.rest.shape[1]
 
     def frames(self, wave: np.ndarray, frame_count: int) -> np.ndarray:
-        """Lip frames of a 16 kHz ``wave`` (n,): (T, 96, 96, 3) uint8 RGB, ``round(255 x)`` half to even."""
+        """Lip frames of a 16 kHz ``wave`` (n,): (T, 96, 96, 3) uint8 RGB, ``round(255 x)`` half to even.
+
+        Raises BadInput where the network gives no numbers, PmmError where memory does not hold one frame.
+        """
         windows, starts = _every_window(wave, frame_count, self.fps)
-        result = np.empty((frame_count, FACE_SIZE, FACE_SIZE, 3), np.uint8)
+        return self._whole(frame_count, lambda part: windows[starts[part]], self._decode)
 
-        def run(first: int) -> None:
-            wanted = starts[first : first + self.micro_batch]
-            result[first : first + len(wanted)] = self._decode(windows[wanted])
+    def latents(self, wave: np.ndarray, frame_count: int) -> np.ndarray:
+        """The latents of those frames: (T, D) float32. Raises as ``frames`` does."""
+        windows, starts = _every_window(wave, frame_count, self.fps)
+        return self._whole(frame_count, lambda part: windows[starts[part]], self._encode)
 
-        list(self._workers.map(run, range(0, frame_count, self.micro_batch)))
-        return result
+    def paint(self, latents: np.ndarray) -> np.ndarray:
+        """The frames of latents (T, D), float32 or float16: (T, 96, 96, 3) uint8 RGB.
 
-    def _decode(self, windows: np.ndarray) -> np.ndarray:
-        """Up to ``micro_batch`` windows (N, 80, 16) to frames (N, 96, 96, 3)."""
-        missing = self.micro_batch - len(windows)
-        batch = torch.from_numpy(np.pad(windows, ((0, missing), (0, 0), (0, 0))))[:, None]
-        with torch.inference_mode(), self._precision():
-            image = self.network.decode(batch.to(self.device), self.face_features)
-            pixels = (image.float() * 255).round_().to(torch.uint8).flip(1).permute(0, 2, 3, 1)
-        return pixels[: len(windows)].cpu().numpy()
+        From float32 these are the very frames that ``frames`` gives. Raises as ``frames`` does.
+        """
+        if latents.ndim != 2 or latents.shape[1] != self.latent_size:
+            raise BadInput(
+                f"latents of shape {latents.shape}; this lip generator paints (T, {self.latent_size})"
+            )
+        return self._whole(len(latents), lambda part: latents[part].astype(np.float32), self._paint)
 
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+    def _encode(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 80, 16) to latents (N, D), and whether they are numbers."""
+        latents: Tensor = self.encoder(windows[:, None]).flatten(1)
+        return latents, latents.isfinite().all()
+
+    def _paint(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, D) to frames (N, 96, 96, 3) uint8 RGB, and whether they were numbers."""
+        image: Tensor = self.painter(latents[:, :, None, None])
+        pixels = (image * 255).round_().to(torch.uint8).flip(1).permute(0, 2, 3, 1)
+        return pixels, image.isfinite().all()
+
+    def _decode(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        return self._paint(self._encode(windows)[0])
+
+    def _whole(self, count: int, rows: _Rows, step: _Network) -> np.ndarray:
+        """``step`` of ``count`` rows in micro-batches, smaller ones where memory runs out."""
+        while True:
+            size = self.micro_batch
+            try:
+                return self._side_by_side(count, size, rows, step)
+            except memory.ERRORS as error:
+                if not memory.ran_out(error):
+                    raise
+            if size == 1:
+                raise PmmError(f"not enough memory for one lip frame at a time ({self.device})")
+            self.micro_batch = min(self.micro_batch, size // 2)
+            memory.let_go(self.device)
+
+    def _side_by_side(self, count: int, size: int, rows: _Rows, step: _Network) -> np.ndarray:
+        def run(first: int) -> tuple[Tensor, Tensor]:
+            batch = rows(slice(first, min(first + size, count)))
+            filled = np.zeros((size, *batch.shape[1:]), np.float32)
+            filled[: len(batch)] = batch
+            sent = torch.from_numpy(filled)
+            with torch.inference_mode():
+                sent = sent.pin_memory() if self.device.type == "cuda" else sent
+                return step(sent.to(self.device, non_blocking=True))
+
+        # Nothing waits for a GPU before all is under way.
+        values, numbers = zip(*self._workers.map(run, range(0, count, size)))
+        if not torch.stack(numbers).all():
+            raise BadInput("the lip generator gives values that are not numbers")
+        with torch.inference_mode():
+            return torch.cat(values)[:count].cpu().numpy()

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pmm import BadInput, NotFound
+from pmm.precompute.datasets import refuse_special
 from pmm.store import clock
 from pmm.store.clip import Clip, lossless_clip, lossy_clip
 
@@ -100,41 +101,43 @@ def decode(path: Path, clip: Clip) -> np.ndarray:
     source = _open(path)
     if (source.rate, source.channels) != (clip.rate, clip.channels):
         raise _changed(path, clip, f"{source.channels} x {source.rate} Hz")
-    speech = _Speech(clip.rate, source.sample_format)
+    speech = _Speech(clip.rate, source.sample_format, clock.resampled(clip.samples, clip.rate))
     with _reading(path):
         found = source.clip(clip.start, clip.end, speech.through)
     if found.id != clip.id:
         raise _changed(path, clip, "of other content")
-    return speech.finish(clock.resampled(clip.samples, clip.rate))
+    return speech.finish()
 
 
 class _Speech:
-    """What the models hear of the native blocks that pass."""
+    """What the models hear of the native blocks that pass: ``count`` samples, held once."""
 
-    def __init__(self, rate: int, sample_format: str):
+    def __init__(self, rate: int, sample_format: str, count: int):
         import soxr
 
         quality = PREPROCESSING["quality"]
         self._resampler = soxr.ResampleStream(rate, clock.SPEECH_RATE, 1, dtype="float32", quality=quality)
         self._scale = np.float32(1 / _FULL_SCALE[sample_format])
-        self._pieces: list[np.ndarray] = []
+        self._heard = np.zeros(count, np.float32)
+        self._at = 0
 
     def through(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         for block in blocks:
             mono = block.mean(axis=1, dtype=np.float64).astype(np.float32) * self._scale
-            self._pieces.append(self._resampler.resample_chunk(mono))
+            self._keep(self._resampler.resample_chunk(mono))
             yield block
 
-    def finish(self, count: int) -> np.ndarray:
-        self._pieces.append(self._resampler.resample_chunk(np.zeros(0, np.float32), last=True))
-        return _exactly(np.concatenate(self._pieces), count)
+    def _keep(self, piece: np.ndarray) -> None:
+        fits = piece[: max(0, len(self._heard) - self._at)]
+        self._heard[self._at : self._at + len(fits)] = fits
+        self._at += len(piece)
 
-
-def _exactly(audio: np.ndarray, count: int) -> np.ndarray:
-    """The resampler may round the count the other way; by more than that it would be broken."""
-    if abs(len(audio) - count) > 2:
-        raise RuntimeError(f"the resampler gave {len(audio)} samples where {count} were due")
-    return np.ascontiguousarray(np.pad(audio[:count], (0, max(0, count - len(audio)))))
+    def finish(self) -> np.ndarray:
+        """The resampler may round the count the other way; by more than that it would be broken."""
+        self._keep(self._resampler.resample_chunk(np.zeros(0, np.float32), last=True))
+        if abs(self._at - len(self._heard)) > 2:
+            raise RuntimeError(f"the resampler gave {self._at} samples where {len(self._heard)} were due")
+        return self._heard
 
 
 def _changed(path: Path, clip: Clip, found: str) -> BadInput:
@@ -189,6 +192,7 @@ def _open(path: Path) -> Source:
     if path.is_dir():
         raise BadInput(f"{path}: is a folder, expected an audio file")
     try:
+        refuse_special(path)
         with path.open("rb") as file:
             head = file.read(12)
             size = file.seek(0, 2)
@@ -447,8 +451,9 @@ class _Container:
             if block.shape[1] != self.channels:
                 raise BadInput(f"{self.path}: its channel count changes midway; export it again")
             block = _native(block, self.shift)
-            if at == 0 and self.silence:
-                yield np.zeros((self.silence, self.channels), block.dtype)
+            if at == 0:
+                for begun in range(0, self.silence, _BLOCK):
+                    yield np.zeros((min(_BLOCK, self.silence - begun), self.channels), block.dtype)
             at += len(block)
             yield block
 

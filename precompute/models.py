@@ -31,7 +31,38 @@ BUILTIN = "builtin"
 STAND_IN = "untrained stand-in"
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
+LIPS = ("frames", "latent", "latent32")
 _LARGEST_FPS = 240
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of a model set, beside which models they are.
+
+    fps        video frames per second of the lips
+    device     auto (a GPU if there is one), cpu or cuda
+    precision  fp32 on every device; bf16 and fp16 are other features (other specs)
+    text_topk  None for all V logits, or how many of the largest are kept of each step
+    lips       frames (uint8 pictures), latent (what the pictures are painted from, float16) or
+               latent32 (the same in float32)
+
+    Raises BadInput for a value that cannot be.
+    """
+
+    fps: int = 30
+    device: str = "auto"
+    precision: str = "fp32"
+    text_topk: int | None = None
+    lips: str = "frames"
+
+    def __post_init__(self) -> None:
+        for what, legal in (("device", DEVICES), ("precision", PRECISIONS), ("lips", LIPS)):
+            if (value := getattr(self, what)) not in legal:
+                raise BadInput(f"{what} {value!r} is none of {', '.join(legal)}")
+        if not 1 <= self.fps <= _LARGEST_FPS:
+            raise BadInput(f"fps {self.fps}, expected 1 to {_LARGEST_FPS}")
+        if self.text_topk is not None and self.text_topk < 1:
+            raise BadInput(f"text_topk {self.text_topk}: at least 1 logit of each step must be kept")
 
 
 @dataclass(frozen=True)
@@ -154,10 +185,26 @@ def _refuse_unknown(values: Mapping[str, Any], where: str) -> None:
 
 @dataclass(frozen=True)
 class Speech:
-    """What the speech models say of a clip: audio (S, D) and text (S, V), float16, S steps of 20 ms."""
+    """What the speech models say of a clip, S steps of 20 ms: audio (S, D) and text (S, V), float16.
+
+    Where only k logits of each step are kept, text is (S, 2, k + 1) float32 (see ``topk``).
+    """
 
     audio: np.ndarray
     text: np.ndarray
+
+
+def options_of(specs: Mapping[str, FeatureSpec], fps: int, device: str = "auto") -> Options:
+    """What has to be asked for to get features of these specs again, by modality; others do not matter."""
+    found: dict[str, Any] = {}
+    for spec in specs.values():
+        found |= {"precision": spec.settings["precision"]} if "precision" in spec.settings else {}
+    text, image = specs.get("text"), specs.get("image")
+    if text is not None and len(text.shape) == 2:
+        found["text_topk"] = text.settings["kept"]
+    if image is not None and len(image.shape) == 1:
+        found["lips"] = {"float16": "latent", "float32": "latent32"}[image.dtype]
+    return Options(fps, device, **found)
 
 
 class FrozenModels:
@@ -184,7 +231,7 @@ class FrozenModels:
         self.label = label
         self._audio, self._text, self._generator = audio, text, generator
         self.can_batch = audio.can_pad and text.can_pad
-        self.max_batch_seconds = 60 if audio.device.type == "cpu" else 480
+        self.max_batch_seconds = _batch_seconds(audio, text)
 
     def speech(self, waves: Sequence[np.ndarray]) -> list[Speech | PmmError]:
         """Audio and text features of each wave (n,) float32 at 16 kHz, or why there are none.
@@ -202,9 +249,40 @@ class FrozenModels:
         return [_pair(one, other) for one, other in zip(heard, read)]
 
     def lips(self, wave: np.ndarray, frame_count: int) -> np.ndarray:
-        """Lip frames of one wave (n,) float32 at 16 kHz: (T, 96, 96, 3) uint8 RGB, exactly T of them."""
+        """Lip features of one wave (n,) float32 at 16 kHz, exactly T of them, as ``specs["image"]`` has them.
+
+        (T, 96, 96, 3) uint8 RGB frames, or (T, D) latents, which ``paint`` makes frames of.
+        """
+        spec = self.specs["image"]
         with _exact():
-            return self._generator.frames(wave, frame_count)
+            if len(spec.shape) > 1:
+                return self._generator.frames(wave, frame_count)
+            latents = self._generator.latents(wave, frame_count)
+        with np.errstate(over="ignore"):
+            stored = latents.astype(spec.dtype)
+        if not np.isfinite(stored).all():
+            raise BadInput("lip latents overflow float16; they can be stored as float32 (latent32)")
+        return stored
+
+    def paint(self, latents: np.ndarray) -> np.ndarray:
+        """Frames (T, 96, 96, 3) uint8 RGB of latents (T, D), of this set's face.
+
+        Those of float32 latents are the frames that ``lips`` would give, those of float16 at most a
+        grey level apart.
+        """
+        with _exact():
+            return self._generator.paint(latents)
+
+
+def _batch_seconds(*models: speech.SpeechModel) -> int:
+    """Padded seconds of one forward: no more help the speed, and half of what memory is free holds them."""
+    from pmm.precompute import memory
+
+    device = models[0].device
+    free = memory.free(device)
+    wanted = 60 if device.type == "cpu" else 480
+    held = wanted if free is None else free // 2 // max(one.bytes_per_second for one in models)
+    return max(1, min(wanted, held))
 
 
 def _pair(audio: Any, text: Any) -> Speech | PmmError:
@@ -221,37 +299,38 @@ def _exact() -> AbstractContextManager[None]:
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
-def load(models: ModelSet, fps: int, device: str = "cpu", precision: str = "fp32") -> FrozenModels:
+def load(models: ModelSet, options: Options = Options(), **choices: Any) -> FrozenModels:
     """Read the checkpoints of a set and make its models.
 
-    device     auto (a GPU if there is one), cpu or cuda
-    precision  fp32 on every device; bf16 and fp16 autocast, and are other features (other specs)
+    ``choices`` are fields of Options, by name, that replace those of ``options``.
 
     Raises NotFound and BadInput with one line: a file, model or id that cannot be had, a checkpoint
     of another kind, an illegal option.
     """
     from pmm.precompute import lips, speech
 
-    where, autocast = _device(device), _autocast(precision)
-    if not 1 <= fps <= _LARGEST_FPS:
-        raise BadInput(f"fps {fps}, expected 1 to {_LARGEST_FPS}")
+    options = replace(options, **choices)
+    fps, precision = options.fps, options.precision
+    where, dtype = _device(options.device), _dtype(precision)
     lip_tensors, lip_origin = _lip_tensors(models)
     face = _face(models)
     text_checkpoint = _speech_checkpoint(models.text_model, models.text_revision)
     if models.one_forward:
         audio_checkpoint = text_checkpoint
-        audio = text = speech.SpeechModel(text_checkpoint, models.audio_layer, True, True, where, autocast)
+        audio = text = speech.SpeechModel(
+            text_checkpoint, models.audio_layer, True, True, where, dtype, options.text_topk
+        )
     else:
         audio_checkpoint = _speech_checkpoint(models.audio_model, models.audio_revision)
-        audio = speech.SpeechModel(audio_checkpoint, models.audio_layer, True, False, where, autocast)
-        text = speech.SpeechModel(text_checkpoint, None, False, True, where, autocast)
-    generator = lips.LipGenerator(lips.network_for(lip_tensors, lip_origin), face, fps, where, autocast)
+        audio = speech.SpeechModel(audio_checkpoint, models.audio_layer, True, False, where, dtype)
+        text = speech.SpeechModel(text_checkpoint, None, False, True, where, dtype, options.text_topk)
+    generator = lips.LipGenerator(lips.network_for(lip_tensors, lip_origin), face, fps, where, dtype)
     specs = {
         "audio": _audio_spec(audio_checkpoint, audio, precision),
         "text": _text_spec(text_checkpoint, text, precision),
-        "image": _image_spec(lip_tensors, face, fps, precision),
+        "image": _image_spec(lip_tensors, face, generator.latent_size, options),
     }
-    description = _description(models, specs, fps, str(where), precision)
+    description = _description(models, specs, options, str(where))
     return FrozenModels(specs, description, label(models), audio, text, generator)
 
 
@@ -267,20 +346,16 @@ def label(models: ModelSet) -> str:
 def _device(name: str) -> torch.device:
     import torch
 
-    if name not in DEVICES:
-        raise BadInput(f"device {name!r} is none of {', '.join(DEVICES)}")
     present = torch.cuda.is_available()
     if name == "cuda" and not present:
         raise BadInput("device cuda: this torch sees no GPU; use --device cpu, or install a torch with CUDA")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and present) else "cpu")
 
 
-def _autocast(precision: str) -> torch.dtype | None:
+def _dtype(precision: str) -> torch.dtype:
     import torch
 
-    if precision not in PRECISIONS:
-        raise BadInput(f"precision {precision!r} is none of {', '.join(PRECISIONS)}")
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def _speech_checkpoint(name: str, revision: str | None) -> speech.Checkpoint:
@@ -339,33 +414,45 @@ def _audio_spec(checkpoint: speech.Checkpoint, model: speech.SpeechModel, precis
 
 
 def _text_spec(checkpoint: speech.Checkpoint, model: speech.SpeechModel, precision: str) -> FeatureSpec:
-    from pmm.precompute import speech
+    from pmm.precompute import speech, topk
 
     settings = _speech_settings(checkpoint, precision)
-    return FeatureSpec("text", speech.LOGITS_ALGORITHM, "float16", (model.vocabulary_size,), None, settings)
+    size, kept = model.vocabulary_size, model.text_topk
+    if kept is None:
+        return FeatureSpec("text", speech.LOGITS_ALGORITHM, "float16", (size,), None, settings)
+    settings |= {"vocabulary_size": size, "kept": kept, "rounding": "float16", "rest": "mean"}
+    return FeatureSpec("text", topk.ALGORITHM, "float32", (2, kept + 1), None, settings)
 
 
-def _image_spec(tensors: dict[str, torch.Tensor], face: np.ndarray, fps: int, precision: str) -> FeatureSpec:
+def _image_spec(
+    tensors: dict[str, torch.Tensor], face: np.ndarray, latent_size: int, options: Options
+) -> FeatureSpec:
+    """Of frames, or of latents: those do not depend on the face, and are float32 until they are stored."""
     from pmm.precompute import lips, mel, weights
     from pmm.precompute.face import face_digest
     from pmm.precompute.media import PREPROCESSING
 
     settings = {
         "weights": weights.weights_digest(tensors, {}),
-        "face": face_digest(face),
         "preprocessing": dict(PREPROCESSING),
         "mel": mel.ALGORITHM,
         "window_columns": lips.WINDOW_COLUMNS,
         "past_the_end": "last full window",
         "short_audio": "silence to one window",
+    }
+    if options.lips != "frames":
+        dtype = {"latent": "float16", "latent32": "float32"}[options.lips]
+        return FeatureSpec("image", lips.LATENT_ALGORITHM, dtype, (latent_size,), options.fps, settings)
+    settings |= {
+        "face": face_digest(face),
         "rounding": "half to even",
-        "precision": precision,
+        "precision": options.precision,
     }
     shape = (lips.FACE_SIZE, lips.FACE_SIZE, 3)
-    return FeatureSpec("image", lips.ALGORITHM, "uint8", shape, fps, settings)
+    return FeatureSpec("image", lips.ALGORITHM, "uint8", shape, options.fps, settings)
 
 
-def _located(models: ModelSet) -> ModelSet:
+def located(models: ModelSet) -> ModelSet:
     """The same set with absolute paths: a run finds its models again from any folder."""
 
     def located(name: str) -> str:
@@ -381,18 +468,18 @@ def _located(models: ModelSet) -> ModelSet:
 
 
 def _description(
-    models: ModelSet, specs: Mapping[str, FeatureSpec], fps: int, device: str, precision: str
+    models: ModelSet, specs: Mapping[str, FeatureSpec], options: Options, device: str
 ) -> dict[str, Any]:
     from importlib.metadata import version
 
     libraries = ("numpy", "torch", "transformers", "safetensors", "soundfile", "soxr", "av", "pillow")
     return {
-        "models": asdict(_located(models)),
+        "models": asdict(located(models)),
         "label": label(models),
         "untrained stand-in": BUILTIN in (models.audio_model, models.text_model, models.lips),
         "weights": {modality: spec.settings["weights"] for modality, spec in specs.items()},
-        "fps": fps,
+        "fps": options.fps,
         "device": device,
-        "precision": precision,
+        "precision": options.precision,
         "libraries": {name: version(name) for name in libraries},
     }

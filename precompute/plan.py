@@ -13,9 +13,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from pmm import BadInput
 from pmm.store import clock
+from pmm.store.catalog import Failure
 from pmm.store.clip import Clip, Take
-from pmm.store.feature import FeatureSpec
+from pmm.store.feature import MODALITIES, FeatureSpec
 
 ITEM_BYTES = {"float16": 2, "float32": 4, "uint8": 1}
 
@@ -47,6 +49,33 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Which part of what could be computed is to be.
+
+    only          modalities
+    limit         at most so many clips, the first in the order they were found; the next run goes on
+    retry_failed  only clips whose last try failed
+    skip_failed   no clip whose last try failed
+
+    Raises BadInput for an unknown modality, a limit below 1, or both of the last two.
+    """
+
+    only: frozenset[str] = frozenset(MODALITIES)
+    limit: int | None = None
+    retry_failed: bool = False
+    skip_failed: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.only or not self.only <= set(MODALITIES):
+            named = ", ".join(sorted(self.only - set(MODALITIES))) or "nothing"
+            raise BadInput(f"only {named}: expected some of {', '.join(MODALITIES)}")
+        if self.limit is not None and self.limit < 1:
+            raise BadInput(f"a limit of {self.limit} clips; expected at least 1")
+        if self.retry_failed and self.skip_failed:
+            raise BadInput("clips that failed are either tried again or skipped, not both")
+
+
+@dataclass(frozen=True)
 class Share:
     """One feature's part of a plan: how many rows are cached, how many to compute, and their bytes."""
 
@@ -58,13 +87,20 @@ class Share:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do. ``seconds`` is all the audio found, ``work`` what is left to compute."""
+    """What a run will do. ``seconds`` is all the audio found, ``work`` what is to be computed now, and
+    ``left_out`` counts the clips that lack something and were not chosen."""
 
     sources: tuple[Source, ...]
     clips: int
     seconds: float
     shares: tuple[Share, ...]
     work: tuple[Work, ...]
+    left_out: int = 0
+
+    @property
+    def work_seconds(self) -> float:
+        """Audio of the clips to compute."""
+        return sum(item.clip.seconds for item in self.work)
 
     @property
     def bytes(self) -> int:
@@ -77,6 +113,8 @@ class Plan:
             "subjects": len({(s.take.dataset, s.take.subject) for s in self.sources}),
             "seconds": round(self.seconds, 3),
             "clips_to_compute": len(self.work),
+            "seconds_to_compute": round(self.work_seconds, 3),
+            "clips_left_out": self.left_out,
             "bytes": self.bytes,
             "features": {
                 share.spec.modality: {
@@ -102,12 +140,18 @@ def row_bytes(spec: FeatureSpec, clip: Clip) -> int:
 
 
 def make_plan(
-    sources: Sequence[Source], specs: Mapping[str, FeatureSpec], has: Callable[[str, str], bool]
+    sources: Sequence[Source],
+    specs: Mapping[str, FeatureSpec],
+    has: Callable[[str, str], bool],
+    wanted: Callable[[Source], bool] = lambda _: True,
+    limit: int | None = None,
 ) -> Plan:
     """The work that is left.
 
-    specs  modality -> spec, for audio, text, image and target
-    has    (spec id, row id) -> whether that row is cached
+    specs   modality -> spec, of the features that are asked for
+    has     (spec id, row id) -> whether that row is cached
+    wanted  whether to compute the clip of that source; of one in several, any source decides
+    limit   compute at most so many clips, the first of ``sources``
 
     The work comes sorted by length, so that a batch pads little; equal lengths by id, so that
     two machines with the same dataset make the same batches.
@@ -115,34 +159,54 @@ def make_plan(
     by_clip: dict[str, list[Source]] = {}
     for source in sources:
         by_clip.setdefault(source.take.clip.id, []).append(source)
-    rows: dict[str, dict[str, Clip]] = {modality: {} for modality in specs}
-    for source in sources:
-        for modality, spec in specs.items():
-            if modality != "target" or source.take.target is not None:
-                rows[modality][spec.row_id(source.take.clip.id, source.take.target)] = source.take.clip
+    rows = {modality: _row_ids(modality, spec, sources) for modality, spec in specs.items()}
     missing = {m: {row for row in rows[m] if not has(specs[m].id, row)} for m in specs}
-    shares = tuple(
-        Share(
-            spec,
-            len(rows[m]) - len(missing[m]),
-            len(missing[m]),
-            sum(row_bytes(spec, rows[m][row]) for row in missing[m]),
-        )
-        for m, spec in specs.items()
-    )
-    work = [_work(group, missing) for group in by_clip.values()]
+    lacking = [item for group in by_clip.values() if _any(item := _work(group, missing))]
+    chosen = [item for item in lacking if any(map(wanted, by_clip[item.clip.id]))][:limit]
     return Plan(
         tuple(sources),
         len(by_clip),
         sum(group[0].take.clip.seconds for group in by_clip.values()),
-        shares,
-        tuple(
-            sorted(
-                (item for item in work if item.features or item.targets),
-                key=lambda item: (item.clip.seconds, item.clip.id),
-            )
-        ),
+        tuple(_share(spec, len(rows[m]) - len(missing[m]), chosen) for m, spec in specs.items()),
+        tuple(sorted(chosen, key=lambda item: (item.clip.seconds, item.clip.id))),
+        len(lacking) - len(chosen),
     )
+
+
+def _row_ids(modality: str, spec: FeatureSpec, sources: Sequence[Source]) -> set[str]:
+    return {
+        spec.row_id(source.take.clip.id, source.take.target)
+        for source in sources
+        if modality != "target" or source.take.target is not None
+    }
+
+
+def _any(item: Work) -> bool:
+    return bool(item.features or item.targets)
+
+
+def _share(spec: FeatureSpec, cached: int, chosen: Sequence[Work]) -> Share:
+    counts = [(item.clip, rows) for item in chosen if (rows := _rows_of(item, spec.modality))]
+    missing = sum(rows for _, rows in counts)
+    return Share(spec, cached, missing, sum(rows * row_bytes(spec, clip) for clip, rows in counts))
+
+
+def _rows_of(item: Work, modality: str) -> int:
+    """How many rows of that modality the clip lacks."""
+    return len(item.targets) if modality == "target" else int(modality in item.features)
+
+
+def failed_before(failures: Sequence[Failure]) -> Callable[[Source], bool]:
+    """Whether a source is one of ``failures``: its clip; or, where a file could not be read, its name."""
+    clips = {one.key for one in failures}
+    files = {one.source for one in failures if one.key.startswith(("file:", "path:"))}
+    return lambda source: source.take.clip.id in clips or source.take.source in files
+
+
+def clip_bytes(item: Work, specs: Mapping[str, FeatureSpec]) -> int:
+    """Memory that one clip takes: what the models hear (float32), and its rows until they are published."""
+    heard = clock.resampled(item.clip.samples, item.clip.rate) * ITEM_BYTES["float32"]
+    return heard + sum(_rows_of(item, m) * row_bytes(specs[m], item.clip) for m in specs if _rows_of(item, m))
 
 
 def _work(group: Sequence[Source], missing: Mapping[str, set[str]]) -> Work:

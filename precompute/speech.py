@@ -5,6 +5,7 @@ A checkpoint is a Hugging Face id or a folder with ``config.json``, ``preprocess
 ourselves, so that pickles run no code and the weights' name does not depend on the file format.
 
 Shapes: B clips, S steps of 20 ms (``clock.steps`` of the clip's samples), D features, V vocabulary.
+Where only k logits are kept, (S, V) float16 stands for (S, 2, k + 1) float32 (see ``topk``).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pmm import BadInput, NotFound, PmmError
+from pmm.precompute import memory, topk
 from pmm.precompute.weights import Tensors, canonical, fit, one_line, read_tensors, weights_digest
 from pmm.store import clock
 from pmm.store.digest import strict_json
@@ -275,6 +277,8 @@ class SpeechModel:
 
     ``layer`` n means the output of transformer block n, counted from 1, before any final norm;
     None means the last hidden state, after the final norm where the model has one.
+    ``text_topk`` is how many logits of each step are kept, None for all.
+    ``max_batch_samples`` is what the memory is known to hold at once; None until it ran out.
     """
 
     def __init__(
@@ -284,17 +288,27 @@ class SpeechModel:
         wants_hidden: bool,
         wants_logits: bool,
         device: torch.device,
-        autocast: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
+        text_topk: int | None = None,
     ):
         self.layer = parse_layer(layer, checkpoint)
         self.wants_hidden, self.wants_logits = wants_hidden, wants_logits
         self.do_normalize = checkpoint.do_normalize
-        self.device, self.autocast = device, autocast
+        self.device, self.dtype = device, dtype
         self.hidden_size: int = checkpoint.architecture["hidden_size"]
         self.vocabulary_size: int = checkpoint.architecture["vocab_size"]
+        if wants_logits and text_topk is not None and text_topk >= self.vocabulary_size:
+            raise BadInput(
+                f"text_topk {text_topk}: {checkpoint.origin} has {self.vocabulary_size} logits, keep fewer"
+            )
+        self.text_topk = text_topk
+        self.max_batch_samples: int | None = None
+        self.bytes_per_second = _bytes_per_second(checkpoint.architecture)
         # A group norm spans time: padding would change every step, even under a mask.
         self.can_pad = checkpoint.architecture["feat_extract_norm"] != "group"
         self.model = build(checkpoint, wants_logits).to(device)
+        if dtype != torch.float32:
+            _store_matrices(self.model, dtype)
         self._block_output: Tensor | None = None
         if self.layer is not None:
             self._encoder.layers[self.layer - 1].register_forward_hook(self._keep)
@@ -308,20 +322,39 @@ class SpeechModel:
     def _keep(self, block: nn.Module, inputs: Any, output: Any) -> None:
         self._block_output = output[0] if isinstance(output, tuple) else output
 
-    @torch.inference_mode()
     def forward(self, waves: Sequence[np.ndarray]) -> list[tuple[np.ndarray | None, np.ndarray | None]]:
         """Hidden states (S, D) and logits (S, V), float32, of each wave (n,), run as one padded batch."""
-        lengths = [len(wave) for wave in waves]
-        batch = torch.zeros(len(waves), max(lengths))
-        mask = torch.zeros(len(waves), max(lengths), dtype=torch.long)
-        for row, wave in enumerate(waves):
-            batch[row, : len(wave)] = torch.from_numpy(wave)
-            mask[row, : len(wave)] = 1
-        padded = min(lengths) < max(lengths)
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            hidden, logits = self._run(batch.to(self.device), mask.to(self.device) if padded else None)
-        counts = [clock.steps(n) for n in lengths]
+        hidden, logits = (None if x is None else x.float().cpu().numpy() for x in self._outputs(waves))
+        counts = [clock.steps(len(wave)) for wave in waves]
         return [(_row(hidden, i, count), _row(logits, i, count)) for i, count in enumerate(counts)]
+
+    def rows(self, waves: Sequence[np.ndarray]) -> list[tuple[np.ndarray | None, np.ndarray | None]]:
+        """The same as they are stored: hidden states (S, D) and logits (S, V), float16.
+
+        What is beyond float16 is infinite. Each of both comes from the device in one copy.
+        """
+        hidden, logits = self._outputs(waves)
+        with torch.inference_mode():
+            half = None if logits is None else logits.half()
+            kept = half if half is None or self.text_topk is None else topk.largest(half, self.text_topk)
+            both = [_fetched(x) for x in (None if hidden is None else hidden.half(), kept)]
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        counts = [clock.steps(len(wave)) for wave in waves]
+        return [(_row(both[0], i, count), _row(both[1], i, count)) for i, count in enumerate(counts)]
+
+    @torch.inference_mode()
+    def _outputs(self, waves: Sequence[np.ndarray]) -> tuple[Tensor | None, Tensor | None]:
+        """Hidden states (B, S, D) and logits (B, S, V) of the longest's S, on the device."""
+        lengths = torch.tensor([len(wave) for wave in waves])
+        batch = torch.zeros(len(waves), int(lengths.max()), pin_memory=self.device.type == "cuda")
+        for row, wave in zip(batch, waves):
+            row[: len(wave)] = torch.from_numpy(wave)
+        mask = (torch.arange(batch.shape[1]) < lengths[:, None]).long()
+        padded = bool(lengths.min() < lengths.max())
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            sent = batch.to(self.device, non_blocking=True)
+            return self._run(sent, mask.to(self.device) if padded else None)
 
     def _run(self, batch: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         last = self.model.wav2vec2(batch, attention_mask=mask).last_hidden_state
@@ -331,8 +364,43 @@ class SpeechModel:
         return hidden if self.wants_hidden else None, logits
 
 
-def _row(values: Tensor | None, row: int, count: int) -> np.ndarray | None:
-    return None if values is None else values[row, :count].float().cpu().numpy()
+def _row(values: np.ndarray | None, row: int, count: int) -> np.ndarray | None:
+    return None if values is None else values[row, :count]
+
+
+def _fetched(values: Tensor | None) -> np.ndarray | None:
+    """On its way to the CPU; from a GPU into pinned memory, there once the stream is done."""
+    if values is None or values.device.type == "cpu":
+        return None if values is None else values.numpy()
+    landed = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return landed.copy_(values, non_blocking=True).numpy()
+
+
+def _store_matrices(model: nn.Module, dtype: torch.dtype) -> None:
+    """Weights of what runs in ``dtype`` under autocast, in ``dtype``: the same bits, cast once.
+
+    The convolution over positions is left: its weight is made of two factors in every forward.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d)) and not hasattr(module, "parametrizations"):
+            module.to(dtype)
+
+
+_HELD_AT_ONCE = 4
+"""Tensors of the size of a layer's output that a forward holds at its fullest, about."""
+
+
+def _bytes_per_second(architecture: dict[str, Any]) -> int:
+    """Memory that one padded second fills in a forward, about: the widest of its layers, in float32.
+
+    The first convolutions are: they run at thousands of steps a second.
+    """
+    sizes, rate = [], clock.SPEECH_RATE
+    for channels, stride in zip(architecture["conv_dim"], architecture["conv_stride"]):
+        rate //= stride
+        sizes.append(rate * channels)
+    wide = 3 * architecture["hidden_size"] + architecture["intermediate_size"] + architecture["vocab_size"]
+    return _HELD_AT_ONCE * 4 * max(*sizes, rate * wide)
 
 
 def build(checkpoint: Checkpoint, with_logits: bool) -> Any:
@@ -366,28 +434,61 @@ def normalised(wave: np.ndarray) -> np.ndarray:
 # --- clips to features ------------------------------------------------------------------------------------
 
 
+Pieces = dict[int, list[tuple[int, np.ndarray | None, np.ndarray | None]]]
+"""Of each clip: first step, hidden states and logits of what is there so far."""
+
+
 def features(
     model: SpeechModel, waves: Sequence[np.ndarray], max_batch_samples: int
 ) -> list[tuple[np.ndarray | None, np.ndarray | None] | PmmError]:
     """Hidden states (S, D) and logits (S, V) as float16 of each 16 kHz wave (n,) float32.
 
     Waves run together where the model allows it: padded batches of at most ``max_batch_samples``
-    (and at least one span), equal lengths only for group-norm models. A wave that cannot be done
-    (too short, not finite, values beyond float16) yields its error in its place.
+    (and at least one span), equal lengths only for group-norm models. Where memory runs out, batches are
+    half as large from then on. A wave that cannot be done (too short, not finite, values beyond
+    float16, no memory for one span) yields its error in its place.
     """
     problems = [_unusable(wave) for wave in waves]
     good = [i for i, problem in enumerate(problems) if problem is None]
     ready = {i: normalised(waves[i]) if model.do_normalize else waves[i] for i in good}
-    parts = [span for i in good for span in spans(i, len(ready[i]))]
-    pieces: dict[int, list[tuple[int, np.ndarray | None, np.ndarray | None]]] = {i: [] for i in good}
-    for batch in batches(parts, model.can_pad, max_batch_samples):
-        outputs = model.forward([ready[span.clip][span.start : span.end] for span in batch])
-        for span, (hidden, logits) in zip(batch, outputs):
-            skipped = span.first - clock.first_step(span.start)
-            kept = slice(skipped, skipped + span.last - span.first)
-            piece = (span.first, _half(hidden, kept), _half(logits, kept))
-            pieces[span.clip].append(piece)
+    pieces: Pieces = {i: [] for i in good}
+    left = [span for i in good for span in spans(i, len(ready[i]))]
+    while left:
+        limit = min(max_batch_samples, model.max_batch_samples or max_batch_samples)
+        batch = next(batches(left, model.can_pad, limit))
+        if not _heard(model, batch, ready, pieces):
+            if len(batch) > 1:
+                model.max_batch_samples = len(batch) * batch[0].samples // 2
+                continue
+            problems[batch[0].clip] = _too_large(model, batch[0])
+        done = {(span.clip, span.first) for span in batch}
+        left = [s for s in left if (s.clip, s.first) not in done and problems[s.clip] is None]
     return [problem or _joined(pieces[i]) for i, problem in enumerate(problems)]
+
+
+def _heard(model: SpeechModel, batch: list[Span], waves: dict[int, np.ndarray], pieces: Pieces) -> bool:
+    """Whether the memory held a batch; if so, its ``pieces`` are there."""
+    try:
+        outputs = model.rows([waves[span.clip][span.start : span.end] for span in batch])
+    except memory.ERRORS as error:
+        if not memory.ran_out(error):
+            raise
+        held = False
+    else:
+        held = True
+    if not held:  # outside the handler: the error's traceback holds the tensors
+        memory.let_go(model.device)
+        return False
+    for span, (hidden, logits) in zip(batch, outputs):
+        skipped = span.first - clock.first_step(span.start)
+        kept = slice(skipped, skipped + span.last - span.first)
+        pieces[span.clip].append((span.first, _part(hidden, kept), _part(logits, kept)))
+    return True
+
+
+def _too_large(model: SpeechModel, span: Span) -> PmmError:
+    seconds = clock.seconds(span.samples, clock.SPEECH_RATE)
+    return PmmError(f"not enough memory for {seconds:.1f} s of audio at a time ({model.device})")
 
 
 def batches(parts: Iterable[Span], can_pad: bool, max_batch_samples: int) -> Iterator[list[Span]]:
@@ -412,11 +513,9 @@ def _unusable(wave: np.ndarray) -> PmmError | None:
     return None
 
 
-def _half(values: np.ndarray | None, kept: slice) -> np.ndarray | None:
-    if values is None:
-        return None
-    with np.errstate(over="ignore"):  # overflow is reported below, per clip
-        return values[kept].astype(np.float16)
+def _part(values: np.ndarray | None, kept: slice) -> np.ndarray | None:
+    """Steps of a row, by themselves: a view would keep the whole batch."""
+    return None if values is None else values[kept].copy()
 
 
 def _joined(

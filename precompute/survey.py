@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pmm import PmmError
 from pmm.precompute import media
-from pmm.precompute.datasets import Found, Recording
+from pmm.precompute.datasets import Found, Recording, refuse_special
 from pmm.precompute.datasets.livelink import read_bytes
 from pmm.precompute.identities import Identities, stamp
 from pmm.precompute.plan import Source
@@ -194,9 +194,10 @@ def _refusal(folder: Path, path: Path, reason: str) -> Failure:
 def file_key(path: Path) -> str:
     """A durable name for a file that is no clip: its content's digest, or its path if it cannot be read."""
     try:
+        refuse_special(path)
         with open(path, "rb") as file:
             return "file:" + hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
+    except (PmmError, OSError):
         return f"path:{path}"
 
 

@@ -11,6 +11,7 @@ import getpass
 import hashlib
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -115,6 +116,8 @@ class Store:
 
     ``problems`` maps each object that could not be read to the reason, one line: its contents are
     as if absent, so that one damaged record neither hides the rest nor stops `pmm store verify`.
+
+    Several threads may use one: a lock guards what is known, and is not held while a fragment is written.
     """
 
     _live: list[Fragment]
@@ -131,6 +134,7 @@ class Store:
         self.medium = medium
         self.cache = cache
         self.about = _read_mark(self.where, medium)
+        self._lock = threading.RLock()  # over the tables and all that is derived from them
         self._specs = _Table("specs", ".json", _SMALL_BYTES, _load_spec)
         self._records = _Records(indexed)
         self._listings = _Listings("datasets", ".jsonl", SHEET_BYTES, _load_listing)
@@ -197,13 +201,21 @@ class Store:
 
     def refresh(self) -> None:
         """Learns what appeared (and what vanished) since; reads new names only."""
-        before = set(self._records.items)
-        tables = (self._specs, self._records, self._listings, self._failures, self._removals, self._damaged)
-        changed = [table.refresh(self.medium, self.where) for table in tables]
-        for key in before - set(self._records.items):
-            self._readers.pop(_stem(key), None)
-        if any(changed):
-            self._derive()
+        with self._lock:
+            before = set(self._records.items)
+            tables = (
+                self._specs,
+                self._records,
+                self._listings,
+                self._failures,
+                self._removals,
+                self._damaged,
+            )
+            changed = [table.refresh(self.medium, self.where) for table in tables]
+            for key in before - set(self._records.items):
+                self._readers.pop(_stem(key), None)
+            if any(changed):
+                self._derive()
 
     @property
     def problems(self) -> Mapping[str, str]:
@@ -334,8 +346,9 @@ class Store:
             data = one.to_bytes()
             found = self.medium.create(one.record, data)
             if found == data:
-                self._records.items[one.record] = one
-                self._derive()
+                with self._lock:
+                    self._records.items[one.record] = one
+                    self._derive()
                 return one
             where = f"{self.where}/{one.record}"
             if Fragment.from_bytes(found, spec.id, one.location, where) is not None:
@@ -349,8 +362,9 @@ class Store:
         if key in self._specs.items:
             return
         found = self.medium.create(key, spec.to_bytes())
-        self._specs.items[key] = _load_spec(key, found, f"{self.where}/{key}")
-        self._specs.problems.pop(key, None)
+        with self._lock:
+            self._specs.items[key] = _load_spec(key, found, f"{self.where}/{key}")
+            self._specs.problems.pop(key, None)
 
     # -- takes
 
@@ -451,7 +465,8 @@ class Store:
         """One durable sheet for the failures of a run; nothing is written for none."""
         if not failures:
             return
-        self._failures.refresh(self.medium, self.where)
+        with self._lock:
+            self._failures.refresh(self.medium, self.where)
         attempts: dict[str, int] = {}
         for one in self.failures():
             attempts[one.key] = max(attempts.get(one.key, 0), one.attempt)
@@ -464,7 +479,8 @@ class Store:
 
     def failures(self) -> list[Failure]:
         """Every failure ever recorded, once, by time."""
-        found = {one for sheet in self._failures.items.values() for one in sheet}
+        with self._lock:
+            found = {one for sheet in self._failures.items.values() for one in sheet}
         return sorted(found, key=lambda one: (one.when, one.key, one.attempt))
 
     def failure_sheets(self) -> Mapping[str, tuple[Failure, ...]]:
@@ -586,10 +602,11 @@ class Store:
         self._takes = None
 
     def _index(self, spec_id: str) -> _Index:
-        if spec_id not in self._indexes:
-            mine = [one for one in self._live if one.spec_id == spec_id]
-            self._indexes[spec_id] = _Index(mine, self._hidden)
-        return self._indexes[spec_id]
+        with self._lock:
+            if spec_id not in self._indexes:
+                mine = [one for one in self._live if one.spec_id == spec_id]
+                self._indexes[spec_id] = _Index(mine, self._hidden)
+            return self._indexes[spec_id]
 
     def _find(self, spec_id: str, row_id: str) -> tuple[Fragment, int]:
         found = self._index(spec_id).find(row_id)

@@ -25,6 +25,12 @@ AXES = {
 }
 """Dimension names of ``values`` by modality (a fragment's rows of all clips follow one another)."""
 
+OTHER_AXES = {
+    "text": ("step", "part", "token"),
+    "image": ("frame", "feature"),
+}
+"""Of smaller forms: the largest logits (values and columns), and latents that frames are painted from."""
+
 
 @dataclass(frozen=True)
 class FeatureSpec:
@@ -59,7 +65,7 @@ class FeatureSpec:
             raise BadInput(
                 f"a row of shape {self.shape!r}; every size must be a whole number from 1 to 2**24"
             )
-        if len(self.shape) + 1 != len(AXES[self.modality]):
+        if self._axes is None:
             raise BadInput(
                 f"a row of {self.modality} has axes {AXES[self.modality][1:]}, got shape {self.shape}"
             )
@@ -70,7 +76,14 @@ class FeatureSpec:
 
     @property
     def dimension_names(self) -> tuple[str, ...]:
-        return AXES[self.modality]
+        assert self._axes is not None
+        return self._axes
+
+    @property
+    def _axes(self) -> tuple[str, ...] | None:
+        """The axes of a form of this modality that has as many as ``shape``."""
+        forms = (AXES[self.modality], OTHER_AXES.get(self.modality, ()))
+        return next((axes for axes in forms if len(axes) == len(self.shape) + 1), None)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -105,9 +105,33 @@ def listed_takes(store: Readable) -> list[Take]:
 # --- clips on the frame clock ----------------------------------------------------------------------
 
 
-def on_frames(native: np.ndarray, frames: int, fps: int, first_frame: int = 0) -> Tensor:
+def row_size(spec: FeatureSpec) -> int:
+    """D or V of one row as the heads read it: of top-k logits all V, of lip frames their rows."""
+    if spec.modality == "text" and len(spec.shape) == 2:
+        return int(spec.settings["vocabulary_size"])
+    return spec.shape[0]
+
+
+def expanded(largest: np.ndarray, size: int) -> np.ndarray:
+    """Top-k logits (S, 2, k + 1) to all of them (S, V): (S, size) float32.
+
+    Row 0 holds values, row 1 their columns; the last value is the mean of those that are not named, and
+    stands for each of them. Raises BadInput for columns beyond V: rows of another vocabulary.
+    """
+    values, columns = largest[:, 0], largest[:, 1, :-1].astype(np.int64)
+    if columns.size and (columns.min() < 0 or columns.max() >= size):
+        raise BadInput(f"top-k logits name column {columns.max()} of a vocabulary of {size}")
+    full = np.repeat(values[:, -1:].astype(np.float32), size, axis=1)
+    np.put_along_axis(full, columns, values[:, :-1], axis=1)
+    return full
+
+
+def on_frames(
+    native: np.ndarray, frames: int, fps: int, first_frame: int = 0, size: int | None = None
+) -> Tensor:
     """Native steps (S, D) to normalised features of ``frames`` frames from ``first_frame``: (frames, D).
 
+    Top-k logits (S, 2, k + 1) of a vocabulary of ``size`` count as all V of them (see ``expanded``).
     In fp32: LayerNorm without parameters per native step, then linear interpolation at positions of
     the whole clip (``clock.step_positions``), so that a window reads what the clip reads.
     """
@@ -115,7 +139,8 @@ def on_frames(native: np.ndarray, frames: int, fps: int, first_frame: int = 0) -
     low = np.floor(position).astype(np.int64)
     high = np.minimum(low + 1, len(native) - 1)
     start, stop = int(low[0]), int(high[-1]) + 1
-    steps = torch.from_numpy(np.array(native[start:stop], dtype=np.float32))
+    read = np.array(native[start:stop], dtype=np.float32)
+    steps = torch.from_numpy(read if native.ndim == 2 else expanded(read, size or 0))
     steps = F.layer_norm(steps, steps.shape[1:])
     between = torch.from_numpy((position - low).astype(np.float32))[:, None]
     return torch.lerp(steps[low - start], steps[high - start], between)
@@ -135,7 +160,8 @@ class Corpus:
     """Clips one after another on the frame clock.
 
     offsets   (N + 1,) int64: clip n is frames [offsets[n], offsets[n + 1]) of every tensor
-    features  audio (F, D) and text (F, V) float32, normalised; image (F, rows, 96, 3) uint8
+    features  audio (F, D) and text (F, V) float32, normalised; image (F, rows, 96, 3) uint8, or
+              latents (F, D) float32
     target    (F, K) float32
     subjects  the identity of each clip
     """
@@ -264,17 +290,18 @@ def _flat(
     image_rows: tuple[int, int] | None,
 ) -> Tensor:
     """One modality of all takes: (F, D) float32, or (F, rows, 96, 3) uint8."""
-    native_rate = spec.fps is None
-    first, end = image_rows or (0, spec.shape[0])
-    shape = spec.shape if native_rate else (end - first, *spec.shape[1:])
-    flat = torch.empty(int(offsets[-1]), *shape, dtype=torch.float32 if native_rate else torch.uint8)
+    pictures = len(spec.shape) == 3
+    rows = slice(*image_rows) if pictures and image_rows else slice(None)
+    shape = (len(range(spec.shape[0])[rows]), *spec.shape[1:]) if pictures else (row_size(spec),)
+    flat = torch.empty(int(offsets[-1]), *shape, dtype=torch.uint8 if pictures else torch.float32)
     for take, start, stop in zip(takes, offsets.tolist(), offsets[1:].tolist()):
         native = store.read(spec.id, take.clip.id)
         if spec.fps is None:
-            flat[start:stop] = on_frames(native, stop - start, fps)
-            _refuse_nan(flat[start:stop], spec.modality, take)
+            flat[start:stop] = on_frames(native, stop - start, fps, size=row_size(spec))
         else:
-            flat.numpy()[start:stop] = native[: stop - start, first:end]
+            flat.numpy()[start:stop] = native[: stop - start, rows]
+        if not pictures:
+            _refuse_nan(flat[start:stop], spec.modality, take)
     return flat
 
 
@@ -393,13 +420,14 @@ def batches(
 
 
 def image_statistics(frames: Tensor) -> tuple[Tensor, float]:
-    """Mean face (rows, 96, 3) and root mean square deviation from it, in grey levels, of (F, ...) uint8.
+    """Mean (rows, 96, 3) and root mean square deviation from it of frames (F, rows, 96, 3) or latents (F, D).
 
-    The deviation is at least 1: a still face is not blown up into noise.
+    That of uint8 frames is in grey levels, and at least 1: a still face is not blown up into noise.
     """
     total = torch.zeros(frames.shape[1:], dtype=torch.float64, device=frames.device)
     for part in frames.split(_SLICE):
         total += part.sum(0, dtype=torch.float64)
     mean = (total / len(frames)).float()
     squares = sum(float((part - mean).square().sum(dtype=torch.float64)) for part in frames.split(_SLICE))
-    return mean, max(1.0, (squares / frames.numel()) ** 0.5)
+    least = 1.0 if frames.dtype == torch.uint8 else 1e-6
+    return mean, max(least, (squares / frames.numel()) ** 0.5)

@@ -35,7 +35,8 @@ MAX_SCALE = 100.0
 class HeadsConfig:
     """The shape of the heads, by plain numbers.
 
-    feature_sizes     size of one native row by modality: {"audio": D, "text": V}; the image has none
+    feature_sizes     size of one row by modality: {"audio": D, "text": V}, and {"image": D} where it comes
+                      as latents; lip frames have none
     coefficients      K
     styles            training subjects, one style embedding each
     fps               frames per second; also the period of positions and attention biases
@@ -97,6 +98,11 @@ class HeadsConfig:
     @property
     def decoder_width(self) -> int:
         return len(self.modalities) * self.width + self.style_width
+
+    @property
+    def reads_latents(self) -> bool:
+        """Whether the image comes as latents (T, D), not as lip frames."""
+        return "image" in self.feature_sizes
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
@@ -314,6 +320,42 @@ class ImageEncoder(nn.Module):
         return cells.permute(0, 1, 3, 2, 4, 5).reshape(n, height // p, width // p, p * p * colours)
 
 
+class LatentEncoder(nn.Module):
+    """``I = psi_IE(V)`` of latents, which lip frames are painted from: a Linear, then causal transformer layers.
+
+    Latents are read as ``(latent - mean) / scale``, both measured on the training frames.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        size: int,
+        width: int,
+        *,
+        layers: int,
+        heads: int,
+        max_context: int,
+        period: int,
+        dropout: float,
+    ):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("scale", torch.tensor(1.0))
+        self.flat = nn.Linear(size, width)
+        self.layers = nn.ModuleList(
+            Layer(width, heads, past=max_context, period=period, dropout=dropout) for _ in range(layers)
+        )
+
+    def forward(self, latents: Tensor, valid: Tensor) -> Tensor:
+        """(B, T, size) -> (B, T, D)."""
+        x = self.flat((latents - self.mean) / self.scale).masked_fill(~valid[..., None], 0)
+        for layer in self.layers:
+            x = layer(x, valid)
+        return x
+
+
 class Projection(nn.Module):
     """``X^``: a convolution over ``context`` frames (1 is the paper's Linear), then LayerNorm."""
 
@@ -415,22 +457,7 @@ class Heads(nn.Module):
             name: config.width if name == "image" else config.feature_sizes[name]
             for name in config.modalities
         }
-        self.image = (
-            ImageEncoder(
-                config.width,
-                rows=config.image_rows,
-                size=config.image_size,
-                patch=config.image_patch,
-                channels=config.image_channels,
-                layers=config.image_layers,
-                heads=config.attention_heads,
-                max_context=config.max_context,
-                period=config.fps,
-                dropout=config.dropout,
-            )
-            if "image" in sizes
-            else None
-        )
+        self.image = _image_encoder(config) if "image" in sizes else None
         self.alignment = Alignment(sizes, config.width, config.context)
         self.separate = (
             Alignment(sizes, config.width, config.context).projections
@@ -460,7 +487,10 @@ class Heads(nn.Module):
 
     @torch.no_grad()
     def start_from(self, target_mean: Tensor, image_mean: Tensor | None, image_scale: float) -> None:
-        """Begin at the training mean: output bias (K,), mean face (height, 96, 3), grey levels of motion."""
+        """Begin at the training mean: output bias (K,), mean face (height, 96, 3), grey levels of motion.
+
+        Of latents their mean (D,) and deviation.
+        """
         self.decoder.output.bias.copy_(target_mean)
         if self.image is not None and image_mean is not None:
             self.image.mean.copy_(image_mean)
@@ -469,7 +499,8 @@ class Heads(nn.Module):
     def encode(self, features: Mapping[str, Tensor], valid: Tensor) -> Encoded:
         """Everything that does not depend on the style.
 
-        ``features``: audio (B, T, D), text (B, T, V), both normalised, image (B, T, height, 96, 3) uint8.
+        ``features``: audio (B, T, D), text (B, T, V), both normalised, image (B, T, height, 96, 3) uint8
+        or latents (B, T, D).
         """
         features = {name: features[name] for name in self.config.modalities}
         if self.image is not None:
@@ -497,6 +528,26 @@ class Heads(nn.Module):
         encoded = self.encode(features, valid)
         prediction = self.decode(encoded, self.styles(style), valid)
         return Output(prediction, encoded.aligned, self.alignment.log_scale.exp())
+
+
+def _image_encoder(config: HeadsConfig) -> ImageEncoder | LatentEncoder:
+    time: dict[str, Any] = {
+        "layers": config.image_layers,
+        "heads": config.attention_heads,
+        "max_context": config.max_context,
+        "period": config.fps,
+        "dropout": config.dropout,
+    }
+    if config.reads_latents:
+        return LatentEncoder(config.feature_sizes["image"], config.width, **time)
+    return ImageEncoder(
+        config.width,
+        rows=config.image_rows,
+        size=config.image_size,
+        patch=config.image_patch,
+        channels=config.image_channels,
+        **time,
+    )
 
 
 def valid_frames(lengths: Tensor, frames: int | None = None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from pmm import BadInput
 from pmm.store.feature import FeatureSpec
+from pmm.train.data import row_size
 
 _FLOAT = 4  # bytes
 
@@ -20,18 +21,18 @@ def corpus_bytes(
     coefficients: int,
     image_rows: tuple[int, int] | None = None,
 ) -> int:
-    """What ``data.load`` fills for so many frames: audio, text and target as float32, images as uint8.
+    """What ``data.load`` fills for so many frames: lip frames as uint8, all else as float32.
 
     ``image_rows`` are the rows of each lip frame that are kept (None: all).
     """
     each = coefficients * _FLOAT
     for name, spec in specs.items():
-        if name == "image":
+        if name == "image" and len(spec.shape) == 3:
             height, width, channels = spec.shape
             first, end = image_rows or (0, height)
             each += (end - first) * width * channels
         elif name != "target":
-            each += spec.shape[0] * _FLOAT
+            each += row_size(spec) * _FLOAT
     return frames * each
 
 

@@ -34,7 +34,8 @@ def predict_heads(
 ) -> np.ndarray:
     """Coefficients (T, K) float32 of one clip, equal to one forward over all of it.
 
-    features      native rows: audio (S, D), text (S, V), image (T, 96, 96, 3) uint8, as stored;
+    features      native rows, as stored: audio (S, D), text (S, V) or the largest logits (S, 2, k + 1),
+                  image (T, 96, 96, 3) uint8 or latents (T, D), whichever the heads were fitted on;
                   modalities that the heads do not read are ignored
     style         (P,) style vector
     frames        T, where it is known better than ``clip_frames`` can tell
@@ -65,9 +66,11 @@ def _check(heads: Heads, features: Mapping[str, np.ndarray]) -> None:
         if name not in features:
             raise BadInput(f"these heads read {name} features, and got only {', '.join(features) or 'none'}")
         native = features[name]
-        size = heads.config.image_size if name == "image" else heads.config.feature_sizes[name]
-        shape = (size, size, 3) if name == "image" else (size,)
-        if native.shape[1:] != shape or not len(native):
+        pictures = name == "image" and not heads.config.reads_latents
+        size = heads.config.image_size if pictures else heads.config.feature_sizes[name]
+        shape = (size, size, 3) if pictures else (size,)
+        largest = name == "text" and native.ndim == 3 and native.shape[1] == 2
+        if not len(native) or (native.shape[1:] != shape and not largest):
             raise BadInput(f"{name} features of shape {native.shape}; these heads read (n, *{shape}), n > 0")
 
 
@@ -77,9 +80,12 @@ def _window(
     """Frames [first, last) of every modality the heads read, as a batch of one."""
     window = {}
     for name in heads.config.modalities:
-        if name == "image":
-            rows = slice(*heads.config.image_rows)
-            window[name] = torch.from_numpy(np.array(features[name][first:last, rows]))
+        config, native = heads.config, features[name]
+        if name != "image":
+            size = config.feature_sizes[name]
+            window[name] = on_frames(native, last - first, config.fps, first, size)
+        elif config.reads_latents:
+            window[name] = torch.from_numpy(np.array(native[first:last], dtype=np.float32))
         else:
-            window[name] = on_frames(features[name], last - first, heads.config.fps, first)
+            window[name] = torch.from_numpy(np.array(native[first:last, slice(*config.image_rows)]))
     return {name: x[None].to(device) for name, x in window.items()}

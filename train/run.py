@@ -197,7 +197,9 @@ def _content(
 
 def _head_keywords(options: FitOptions, specs: Mapping[str, FeatureSpec]) -> dict[str, Any]:
     """Keywords of HeadsConfig, but for the styles."""
-    sizes = {name: specs[name].shape[0] for name in options.modalities if name != "image"}
+    pictures = "image" in specs and len(specs["image"].shape) == 3
+    plain = [name for name in options.modalities if name != "image" or not pictures]
+    sizes = {name: data.row_size(specs[name]) for name in plain}
     changes = {
         name: getattr(options, name)
         for name in ("lookahead", "context", "max_context", "dropout", "modality_dropout")
@@ -209,7 +211,7 @@ def _head_keywords(options: FitOptions, specs: Mapping[str, FeatureSpec]) -> dic
         "decoder_input": options.decoder_input,
         **preset(options.preset, options.fps, **changes),
     }
-    if "image" in specs:
+    if pictures:
         height, width, _ = specs["image"].shape
         if height != width:
             raise BadInput(f"lip frames of {height} x {width} pixels; the image encoder reads square ones")

@@ -7,6 +7,7 @@ A layout is a module with ``LOOKED_FOR`` (one phrase for error messages) and
 from __future__ import annotations
 
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,6 +61,13 @@ def find(folder: Path, layout: str | None = None) -> Found:
         return found
     wanted = "; or ".join(module.LOOKED_FOR for module in modules)
     raise BadInput(f"{folder}: no clips found; looked for {wanted}; found {_inventory(folder)}")
+
+
+def refuse_special(path: Path) -> None:
+    """Raises BadInput for what is neither a file nor a link to one: a pipe would be waited for, and a
+    device read, for ever. OSError, as ever, for what cannot even be looked at."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise BadInput(f"{path}: is no file but a pipe, device or folder; put a recording there")
 
 
 def walk(folder: Path, unreadable: list[tuple[Path, str]]) -> Iterator[tuple[Path, list[str]]]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from pmm import AlreadyThere, BadInput, NotFound
-from pmm.precompute.datasets import Found, Recording, walk
+from pmm.precompute.datasets import Found, Recording, refuse_special, walk
 from pmm.store import clock
 from pmm.store.clip import Clip
 from pmm.store.feature import FeatureSpec
@@ -98,6 +98,10 @@ def read_targets(path: Path, fps: int, data: bytes | None = None) -> Track:
 def read_bytes(path: Path) -> bytes:
     """The file as it is, for ``clip.target_id`` and :func:`parse_targets` to see the same bytes."""
     try:
+        refuse_special(path)
+        size = path.stat().st_size
+        if size > _LARGEST:
+            raise BadInput(f"{path}: {size} bytes; a face track of hours has fewer than {_LARGEST}")
         return path.read_bytes()
     except FileNotFoundError:
         raise NotFound(f"{path}: no such face track") from None
@@ -348,6 +352,7 @@ _NO_TAKE = ("frame_log.csv", "subjects.csv")
 _TAKE = re.compile(r"(?P<slate>.+?)_(?P<take>\d+)_(?P<subject>.+)")
 _SUBJECT_COLUMNS = ("gender", "language", "split")
 _LONGEST_HEADER = 1 << 16  # bytes
+_LARGEST = 2 << 30  # bytes
 
 
 def find(folder: Path) -> Found:
@@ -443,9 +448,10 @@ def _face_tracks(folder: Path, files: list[str], audio: tuple[str, ...]) -> dict
 def _has_timecodes(path: Path) -> bool:
     """Whether a CSV means to be a face track: a shot list lies in many folders of takes."""
     try:
+        refuse_special(path)
         with path.open("rb") as file:
             header = file.readline(_LONGEST_HEADER).decode("utf-8-sig", "replace")
-    except OSError:
+    except (BadInput, OSError):
         return True  # to be refused with the reason
     return "timecode" in (name.strip().casefold() for name in header.split(","))
 
@@ -504,6 +510,7 @@ def _guessed_subject(folder: Path, above: tuple[str, ...], stem: str) -> str:
 
 def _transcript(path: Path) -> str:
     try:
+        refuse_special(path)
         return path.read_text("utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"its transcript {path.name} cannot be read ({error}); expected UTF-8 text") from None
@@ -544,6 +551,7 @@ def _subjects(folder: Path, files: list[str]) -> dict[str, dict[str, str]]:
 def _subject_rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """(the header in lower case, [(row as a spreadsheet counts, its cells)]), empty rows left out."""
     try:
+        refuse_special(path)
         lines = path.read_text("utf-8-sig").splitlines() or [""]
         delimiter = ";" if lines[0].count(";") > lines[0].count(",") else ","
         rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]

@@ -334,8 +334,10 @@ def _split(
     test: Sequence[str],
     made_one: tuple[Merged, ...],
 ) -> Split:
-    parts = ({name: people[name] for name in sorted(part)} for part in (train, validation, test))
-    return Split(*parts, made_one)
+    def side(names: Sequence[str]) -> Part:
+        return {name: people[name] for name in sorted(names)}
+
+    return Split(side(train), side(validation), side(test), made_one)
 
 
 def _drawn(takes: Sequence[Take], part_of: Callable[[Take], str]) -> Split:

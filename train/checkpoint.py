@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,20 +19,12 @@ from torch import Tensor
 import pmm
 from pmm import BadInput, NewerFormat, NotFound, PmmError
 from pmm.train.heads import Heads
+from pmm.train.loop import State
 
-FORMAT = 1
-"""Of run folders as a whole: config.json says it, and every checkpoint."""
+FORMAT = 2
+"""Of run folders as a whole: config.json says it, and every checkpoint. 2 stops within epochs, too."""
 
 _HEADS, _ADAM, _ABOUT = "heads.", "adam.", "pmm"
-
-
-@dataclass(frozen=True)
-class State:
-    """Where a run stands: whole epochs done, and the best of them (from 1)."""
-
-    epoch: int = 0
-    best_epoch: int = 0
-    best_lve: float = float("inf")
 
 
 def refuse_newer(found: int, path: Path) -> None:

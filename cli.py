@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from pmm.store.care import Repaired
     from pmm.store.catalog import Store
     from pmm.store.share import Shared
+    from pmm.train.ablate import Ablation
     from pmm.train.evaluate import Scores
+    from pmm.train.importance import Importance
 
 FAILED_CLIPS = 3
 INTERRUPTED = 130
@@ -696,6 +698,15 @@ class _FitProgress:
     "--split", type=click.Choice(["train", "validation", "test"]), default="test", show_default=True
 )
 @click.option(
+    "--style",
+    default="",
+    metavar="NAME",
+    help="Everybody in this training subject's style, or in the mean.  [default: their own, or under every]",
+)
+@click.option(
+    "--importance", is_flag=True, help="Also take each modality from other clips: do the heads listen to it?"
+)
+@click.option(
     "--store",
     "store_path",
     type=STORE,
@@ -708,6 +719,8 @@ class _FitProgress:
 def evaluate(
     run_path: Path,
     split: str,
+    style: str,
+    importance: bool,
     store_path: Path | str | None,
     device: str,
     cache_dir: Path | None,
@@ -715,40 +728,178 @@ def evaluate(
     safe_read: bool,
     as_json: bool,
 ) -> None:
-    """Score a run: LVE and ALE beside the training mean face and silence, on the same clips."""
+    """Score a run beside the training mean face and silence, on the same clips.
+
+    Errors (LVE, ALE), how it moves (motion, jitter), and how closed and still it is in pauses.
+    """
     from pmm.store.cache import Cache
     from pmm.store.catalog import Store
     from pmm.train.evaluate import evaluate as score
+    from pmm.train.importance import importance as weigh
     from pmm.train.run import load_run
 
     run = load_run(run_path, device=device)
     store = Store.open(store_path or run.store_path, Cache.default(cache_dir, cache_gb), safe_read or None)
-    scores = score(run, store, split)
+    scores = score(run, store, split, style)
+    weighed = weigh(run, store, split, style) if importance else None
     if as_json:
-        _print_json(scores.to_json())
+        _print_json(scores.to_json() | ({"importance": weighed.to_json()} if weighed else {}))
     else:
         click.echo(_score_table(scores))
+        if weighed:
+            click.echo("\n" + _importance_table(weighed))
+
+
+_PREDICTORS = {"heads": "heads", "mean_face": "mean face", "silence": "silence", "target": "captured"}
 
 
 def _score_table(scores: Scores) -> str:
-    names = {"heads": "heads", "mean_face": "mean face", "silence": "silence"}
-    metrics = list(scores.scores["heads"])
+    styles = _count(len(scores.styles), "style")
+    style = f"in the style {scores.style}" if scores.style else f"under {styles}"
     lines = [
-        f"{scores.split}: {scores.clips} clips, {scores.frames} frames of {len(scores.subjects)} subjects, "
-        f"under {len(scores.styles)} styles",
-        f"{'':<11}" + "".join(f"{_METRICS.get(name, name):>11}" for name in metrics),
+        f"{scores.split}: {_count(scores.clips, 'clip')}, {scores.frames} frames of "
+        f"{_count(len(scores.subjects), 'subject')}, {style}",
+        _row("", "LVE", "LVE (l2)", "ALE", "ALE (l2)"),
     ]
-    for key, name in names.items():
-        lines.append(f"{name:<11}" + "".join(f"{scores.scores[key][metric]:11.5f}" for metric in metrics))
-    lines.append(
+    for key, values in scores.scores.items():
+        lines.append(_row(_PREDICTORS[key], *(values[name] for name in ("lve", "lve_l2", "ale", "ale_l2"))))
+    lines += [
+        _row("", "motion", "motion (l2)", "jitter", "pause jaw", "pause jitter"),
+        *_motion_rows(scores),
+        f"pauses: {scores.pauses.frames} frames in which the captured jaw rests and nothing moves",
+        *_largest_errors(scores),
         "no motion to predict: the mean face is never wrong"
         if scores.ratio is None
-        else f"LVE of the heads is {scores.ratio:.3f} of the mean face's"
-    )
+        else f"LVE of the heads is {scores.ratio:.3f} of the mean face's",
+    ]
     return "\n".join(lines)
 
 
-_METRICS = {"lve": "LVE", "lve_l2": "LVE (l2)", "ale": "ALE", "ale_l2": "ALE (l2)"}
+def _motion_rows(scores: Scores) -> Iterator[str]:
+    pauses = scores.pauses
+    for key, name in _PREDICTORS.items():
+        own = scores.scores.get(key, {"motion": None, "motion_l2": None, "jitter": scores.target_jitter})
+        moving = (own[metric] for metric in ("motion", "motion_l2", "jitter"))
+        yield _row(name, *moving, pauses.jaw_open[key], pauses.jitter[key])
+
+
+def _largest_errors(scores: Scores, count: int = 3) -> Iterator[str]:
+    worst = sorted(scores.coefficients.items(), key=lambda one: -one[1]["heads"]["squared"])[:count]
+    yield f"{'largest squared errors':<24}{'heads':>13}{'mean face':>13}"
+    for name, score in worst:
+        yield f"  {name:<22}{score['heads']['squared']:13.5f}{score['mean_face']['squared']:13.5f}"
+
+
+def _row(name: str, *values: str | float | None) -> str:
+    """A row of a table: a name, then columns of numbers, of words, or of nothing to say."""
+    cells = (f"{one:.5f}" if isinstance(one, float) else one or "-" for one in values)
+    return f"{name:<11}" + "".join(f"{cell:>13}" for cell in cells)
+
+
+def _importance_table(found: Importance) -> str:
+    lines = [
+        f"importance: LVE on {found.clips} clips with one modality taken from another clip",
+        f"{'as it is':<11}{found.lve:12.5f}",
+    ]
+    for name, lve in found.swapped.items():
+        relative = found.relative(name)
+        change = "" if relative is None else f"{100 * relative:+9.1f} %"
+        lines.append(f"{name:<11}{lve:12.5f}{change}")
+    return "\n".join(lines)
+
+
+# How `pmm ablate` fits each run: the options of `pmm fit`, but for those that the rows decide.
+_ABLATED = (
+    *("preset", "rig", "fps", "epochs", "batch_size", "learning_rate", "lookahead", "context"),
+    *("max_context", "dropout", "window", "patience", "decoder_input", "loss_reduction", "protocol"),
+    *("test_subject", "split_seed", "subjects", "features", "snapshot", "seed", "device", "cache"),
+    *("cache_dir", "cache_gb", "safe_read"),
+)
+
+
+@pmm.command(params=[one for one in fit.params if one.name in _ABLATED])
+@click.argument("store_path", metavar="STORE", type=STORE)
+@click.option("--run", "run_path", required=True, type=PATH, help="A folder for all runs, new or begun.")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each row.")
+@_json
+def ablate(
+    store_path: Path | str,
+    run_path: Path,
+    seeds: int,
+    features: tuple[str, ...],
+    cache_dir: Path | None,
+    cache_gb: float | None,
+    safe_read: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Fit with and without each modality and loss, and print Table V of the paper beside its figures.
+
+    Seven rows, several seeds each, as run folders in the folder --run. Interrupt it and run the same
+    command again: it goes on.
+    """
+    from pmm.store.cache import Cache
+    from pmm.store.catalog import Store
+    from pmm.train.ablate import ablate as run_ablate
+    from pmm.train.run import FitOptions
+
+    chosen = dict(_pair(text) for text in features)
+    given = {key: value for key, value in options.items() if value is not None}
+    store = Store.open(store_path, Cache.default(cache_dir, cache_gb), safe_read or None)
+    with _bar("step", "ablation") as bar:
+        table = run_ablate(
+            store, run_path, FitOptions(**given, features=chosen), seeds, _AblationProgress(bar)
+        )
+    if as_json:
+        _print_json(table.to_json())
+    else:
+        click.echo(_ablation_table(table))
+
+
+class _AblationProgress:
+    """One line a run, and a bar over the steps of the run under way."""
+
+    def __init__(self, bar: tqdm):
+        self.bar, self.label, self.fitting = bar, "", _FitProgress(bar)
+
+    def __call__(self, event: Any) -> None:
+        kind = type(event).__name__
+        if kind == "JobStarted":
+            self.label = f"{event.number}/{event.jobs}"
+            if event.state == "goes on":
+                _say(self.label, f"{event.job.row.name}, seed {event.job.seed}: goes on")
+        elif kind == "JobDone":
+            name = f"{event.job.row.name}, seed {event.job.seed}"
+            _say(self.label, f"{name:<26} LVE {event.lve:.5f}  ALE {event.ale:.5f}")
+        elif kind not in ("Content", "EpochDone"):
+            self.fitting(event)
+        if kind == "Started":
+            self.bar.desc = f"{self.label}: "
+
+
+def _ablation_table(table: Ablation) -> str:
+    from statistics import fmean
+
+    from pmm.train.ablate import spread
+
+    def cell(values: tuple[float, ...], scale: float = 100) -> str:
+        deviation = spread(values)
+        beside = "" if deviation is None else f"± {scale * deviation:.3f}"
+        return f"{scale * fmean(values):9.3f} {beside:<8}"
+
+    seeds = _count(len(table.seeds), "seed")
+    lines = [
+        f"{table.protocol}, test subjects, x1e-2: means of {seeds}"
+        + (" ± sample standard deviation" if len(table.seeds) > 1 else ""),
+        f"{'':<17}{'LVE':>9}{'':9}{'ALE':>9}{'':9}{'of full':>9}{'':9}  paper: LVE / ALE on 3D-CAVFA",
+    ]
+    for one in table.rows:
+        ours = cell(one.lve) + cell(one.ale) + cell(one.lve_over_full, 1)
+        lines.append(f"{one.row.name:<17}{ours}  {one.row.paper_lve:.3f} / {one.row.paper_ale:.3f}")
+    lines.append(f"{'mean face':<17}{cell(table.mean_face_lve)}")
+    if table.stand_in:
+        lines.append("features by untrained stand-ins: what a row loses here says little about the method")
+    return "\n".join(lines)
 
 
 @pmm.command()

@@ -621,7 +621,7 @@ def image_statistics(frames: Tensor | Stored, corpus: Corpus | None = None) -> t
     count, total, squares, least = 0, torch.zeros(()), torch.zeros(()), 1e-6
     for part in _slices(frames, corpus):
         total = total.to(part.device) + part.sum(0, dtype=torch.float64)
-        squares = squares.to(part.device) + part.float().square_().sum(0, dtype=torch.float64)
+        squares = squares.to(part.device) + part.float().square().sum(0, dtype=torch.float64)
         count += len(part)
         least = 1.0 if part.dtype == torch.uint8 else least
     mean = total / count

@@ -850,6 +850,8 @@ def ablate(
         table = run_ablate(
             store, run_path, FitOptions(**given, features=chosen), seeds, _AblationProgress(bar)
         )
+    if table is None:
+        raise click.Abort
     if as_json:
         _print_json(table.to_json())
     else:
@@ -864,12 +866,12 @@ class _AblationProgress:
 
     def __call__(self, event: Any) -> None:
         kind = type(event).__name__
-        if kind == "JobStarted":
-            self.label = f"{event.number}/{event.jobs}"
+        if kind == "CellStarted":
+            self.label = f"{event.number}/{event.cells}"
             if event.state == "goes on":
-                _say(self.label, f"{event.job.row.name}, seed {event.job.seed}: goes on")
-        elif kind == "JobDone":
-            name = f"{event.job.row.name}, seed {event.job.seed}"
+                _say(self.label, f"{event.cell.row.name}, seed {event.cell.seed}: goes on")
+        elif kind == "CellDone":
+            name = f"{event.cell.row.name}, seed {event.cell.seed}"
             _say(self.label, f"{name:<26} LVE {event.lve:.5f}  ALE {event.ale:.5f}")
         elif kind not in ("Content", "EpochDone"):
             self.fitting(event)

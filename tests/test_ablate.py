@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from pmm.store.catalog import Store
 from pmm.store.clip import Clip, Take
 from pmm.store.feature import FeatureSpec
 from pmm.store.rig import ARKIT52
-from pmm.train.ablate import SCORES, TABLE_V, Ablation, JobDone, JobStarted, ablate, plan, spread
+from pmm.train.ablate import SCORES, TABLE_V, Ablation, CellDone, CellStarted, ablate, plan, spread
 from pmm.train.evaluate import evaluate
 from pmm.train.loop import StepDone
 from pmm.train.options import FitOptions
@@ -65,11 +66,11 @@ def ablated(store: Store, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 
 def test_the_plan_is_seven_rows_of_every_seed(tmp_path: Path) -> None:
-    jobs = plan(tmp_path, replace(OPTIONS, seed=5), 2)
-    assert [(job.row.name, job.seed) for job in jobs] == [(row, seed) for seed in (5, 6) for row in ROWS]
-    assert jobs[1].path == tmp_path / "without-text" / "seed-5"
-    assert jobs[1].options == replace(OPTIONS, seed=5, without=("text",))
-    assert jobs[0].options.without == ()
+    cells = plan(tmp_path, replace(OPTIONS, seed=5), 2)
+    assert [(cell.row.name, cell.seed) for cell in cells] == [(row, seed) for seed in (5, 6) for row in ROWS]
+    assert cells[1].job.path == tmp_path / "without-text" / "seed-5"
+    assert cells[1].job.options == replace(OPTIONS, seed=5, without=("text",))
+    assert cells[0].job.options.without == ()
     assert not list(tmp_path.iterdir())
 
 
@@ -102,14 +103,14 @@ def test_spread_is_the_sample_standard_deviation() -> None:
 
 def test_every_run_is_what_its_row_says(store: Store, ablated: tuple[Path, Ablation, list]) -> None:
     path, table, events = ablated
-    done = [event for event in events if isinstance(event, JobDone)]
+    done = [event for event in events if isinstance(event, CellDone)]
     assert len(done) == 14
     for event in done:
-        run = load_run(event.job.path)
-        assert run.options == event.job.options
-        assert run.config["split"] == load_run(path / "full" / f"seed-{event.job.seed}").config["split"]
-    begun = [event for event in events if isinstance(event, JobStarted)]
-    assert [(event.number, event.jobs, event.state) for event in begun] == [
+        run = load_run(event.cell.job.path)
+        assert run.options == event.cell.job.options
+        assert run.config["split"] == load_run(path / "full" / f"seed-{event.cell.seed}").config["split"]
+    begun = [event for event in events if isinstance(event, CellStarted)]
+    assert [(event.number, event.cells, event.state) for event in begun] == [
         (number, 14, "begins") for number in range(1, 15)
     ]
     scores = evaluate(load_run(path / "without-audio" / "seed-1"), store).scores["heads"]
@@ -139,13 +140,13 @@ def test_an_interrupted_table_goes_on_to_the_same(
 
     def interrupt(event: object) -> None:
         stopped.append(event)
-        begun = [one for one in stopped if isinstance(one, JobStarted)]
+        begun = [one for one in stopped if isinstance(one, CellStarted)]
         if len(begun) == 3 and isinstance(event, StepDone) and event.epoch == 2:
             raise KeyboardInterrupt
 
     stopped: list = []
     with pytest.raises(KeyboardInterrupt):
-        ablate(store, tmp_path / "table", OPTIONS, 2, interrupt)
+        ablate(store, tmp_path / "table", OPTIONS, 1, interrupt)
     kept = {
         file: file.stat().st_mtime_ns
         for name in ("full", "without-text")
@@ -154,11 +155,11 @@ def test_an_interrupted_table_goes_on_to_the_same(
     assert len(kept) >= 8
     assert not (tmp_path / "table" / "without-audio" / "seed-0" / SCORES).exists()
     resumed: list = []
-    table = ablate(store, tmp_path / "table", OPTIONS, 2, resumed.append)
-    states = [event.state for event in resumed if isinstance(event, JobStarted)]
-    assert states == ["finished"] * 2 + ["goes on"] + ["begins"] * 11
+    table = ablate(store, tmp_path / "table", OPTIONS, 1, resumed.append)
+    states = [event.state for event in resumed if isinstance(event, CellStarted)]
+    assert states == ["finished"] * 2 + ["goes on"] + ["begins"] * 4
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
-    assert table.rows == ablated[1].rows
+    assert [row.lve[0] for row in table.rows] == [row.lve[0] for row in ablated[1].rows]
 
 
 def test_a_run_made_otherwise_is_refused_before_anything_is_run(
@@ -177,11 +178,37 @@ def test_a_run_made_otherwise_is_refused_before_anything_is_run(
     assert len(list(path.rglob("config.json"))) == 14
 
 
-def test_trained_features_are_not_called_stand_ins(tmp_path: Path) -> None:
-    store = publish(tmp_path / "store", "paper")
-    table = ablate(store, tmp_path / "table", replace(OPTIONS, epochs=1), 1)
-    assert not table.stand_in
-    assert table.to_json()["rows"][3]["lve"]["spread"] is None
+def test_a_stop_keeps_what_was_done_and_gives_no_table(store: Store, tmp_path: Path) -> None:
+    """As Ctrl-C does it: the run under way is kept, and no other begins."""
+    events: list = []
+    stopped = ablate(
+        store,
+        tmp_path / "table",
+        OPTIONS,
+        1,
+        events.append,
+        lambda: any(isinstance(event, StepDone) for event in events),
+    )
+    assert stopped is None
+    assert sum(isinstance(event, StepDone) for event in events) == 1
+    assert sum(isinstance(event, CellStarted) for event in events) == 1
+    assert not list((tmp_path / "table").rglob(SCORES))
+    assert [file.parent.parent.name for file in (tmp_path / "table").rglob("last.safetensors")] == ["full"]
+
+
+def test_trained_features_are_not_called_stand_ins(
+    store: Store, ablated: tuple[Path, Ablation, list], tmp_path: Path
+) -> None:
+    path = shutil.copytree(ablated[0], tmp_path / "table")
+    file = path / "full" / "seed-0" / "config.json"
+    file.write_text(file.read_text().replace("untrained stand-in", "of the hub"))
+    assert not ablate(store, path, OPTIONS, 2).stand_in
+    (one_seed,) = ablate(store, path, OPTIONS, 1).to_json()["rows"][3]["lve"]["seeds"]
+    assert ablate(store, path, OPTIONS, 1).to_json()["rows"][3]["lve"] == {
+        "mean": one_seed,
+        "spread": None,
+        "seeds": [one_seed],
+    }
 
 
 def test_the_command_prints_the_table_beside_the_papers(

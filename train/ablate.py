@@ -6,7 +6,9 @@
     DIR/full/seed-0/scores.json   what it scored on its test subjects: the sign that it is finished
     DIR/without-text/seed-0/   ...
 
-A row's run with a seed is split as every other row's with that seed, so rows compare seed by seed.
+A row's run with a seed has the split of every other row's with that seed, and all rows train and are
+tested on the takes that have every modality: rows compare seed by seed. The store is read once for all
+runs that are still to be trained, and once a seed for the test subjects.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from pmm import BadInput
 from pmm.store.catalog import Store
 from pmm.store.digest import strict_json
 from pmm.train.checkpoint import replace_file
+from pmm.train.data import Corpus
 from pmm.train.evaluate import evaluate
 from pmm.train.options import FitOptions
+from pmm.train.run import LAST, Job, load_part, load_run, part_of, prepare, read_config
 from pmm.train.run import Event as FitEvent
-from pmm.train.run import fit, load_run, read_config
 
 SCORES = "scores.json"
 STAND_IN = "untrained stand-in"
@@ -62,35 +65,36 @@ TABLE_V = (
 
 
 @dataclass(frozen=True)
-class Job:
+class Cell:
     """One run of the table."""
 
     row: Row
     seed: int
-    options: FitOptions
-    path: Path
+    job: Job
 
 
 @dataclass(frozen=True)
-class JobStarted:
-    """Event: run ``number`` (from 1) of ``jobs`` begins, goes on, or is ``finished`` already."""
+class CellStarted:
+    """Event: run ``number`` (from 1) of ``cells`` "begins", "goes on", or is "finished" already."""
 
-    job: Job
+    cell: Cell
     number: int
-    jobs: int
+    cells: int
     state: str
 
 
 @dataclass(frozen=True)
-class JobDone:
+class CellDone:
     """Event: a run is scored on its test subjects."""
 
-    job: Job
+    cell: Cell
     lve: float
     ale: float
 
 
-Event = FitEvent | JobStarted | JobDone
+Event = FitEvent | CellStarted | CellDone
+Scored = Mapping[str, Any]
+"""What ``scores.json`` holds."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ def spread(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def plan(path: Path, options: FitOptions, seeds: int) -> tuple[Job, ...]:
+def plan(path: Path, options: FitOptions, seeds: int) -> tuple[Cell, ...]:
     """Every run of the table, all rows of one seed before the next seed.
 
     Seeds count from that of ``options``. Raises BadInput for options that leave something out
@@ -159,15 +163,15 @@ def plan(path: Path, options: FitOptions, seeds: int) -> tuple[Job, ...]:
     if seeds < 1:
         raise BadInput(f"{seeds} seeds: an ablation needs at least 1, and at least 2 for a spread")
     return tuple(
-        Job(
-            row,
-            seed,
-            replace(options, seed=seed, without=(row.without,) if row.without else ()),
-            path / row.folder / f"seed-{seed}",
-        )
+        _cell(path, row, replace(options, seed=seed))
         for seed in range(options.seed, options.seed + seeds)
         for row in TABLE_V
     )
+
+
+def _cell(path: Path, row: Row, options: FitOptions) -> Cell:
+    own = replace(options, without=(row.without,) if row.without else ())
+    return Cell(row, options.seed, Job(path / row.folder / f"seed-{options.seed}", own))
 
 
 def ablate(
@@ -176,44 +180,53 @@ def ablate(
     options: FitOptions,
     seeds: int = 3,
     on_event: Callable[[Event], None] | None = None,
-) -> Ablation:
+    stopping: Callable[[], bool] = lambda: False,
+) -> Ablation | None:
     """Run the seven rows of Table V with several seeds, and compare what they score.
 
     Runs that are finished are not run again, and one that was interrupted goes on: the same call
-    after an interruption gives the same table.
+    after an interruption gives the same table. When ``stopping`` says so, the run under way is kept
+    and there is no table: None.
 
     Raises BadInput where a run that is there was made with other options, and as ``plan``, ``fit``
     and ``evaluate`` do.
     """
     path, tell = Path(run_dir), on_event or (lambda event: None)
-    jobs = plan(path, options, seeds)
-    states = [_state(job) for job in jobs]  # all of them looked at before any is run
-    scores = {}
-    for number, (job, state) in enumerate(zip(jobs, states), 1):
-        tell(JobStarted(job, number, len(jobs), state))
+    cells = plan(path, options, seeds)
+    states = [_state(cell) for cell in cells]  # all of them looked at before any is run
+    left = [cell for cell, state in zip(cells, states) if state != "finished"]
+    prepared = iter(prepare(store, [cell.job for cell in left], tell, resume=True) if left else ())
+    scores: dict[tuple[Row, int], Scored] = {}
+    test = _Test(store, path)
+    for number, (cell, state) in enumerate(zip(cells, states), 1):
+        tell(CellStarted(cell, number, len(cells), state))
         if state != "finished":
-            fit(store, job.path, job.options, tell, resume=state == "goes on")
-            _score(job, store)
-        scores[job.row, job.seed] = _read(job)
-        tell(JobDone(job, *(scores[job.row, job.seed]["scores"]["heads"][name] for name in ("lve", "ale"))))
+            if next(prepared).train(tell, stopping).ended == "interrupted":
+                return None
+            test.score(cell)
+        scores[cell.row, cell.seed] = found = _read(cell)
+        tell(CellDone(cell, *(found["scores"]["heads"][name] for name in ("lve", "ale"))))
     return _table(path, options, scores)
 
 
-def _state(job: Job) -> str:
+def _state(cell: Cell) -> str:
     """begins, goes on, or finished."""
-    if not job.path.exists():
+    path = cell.job.path
+    if not path.exists():
         return "begins"
-    was, now = read_config(job.path)["options"], job.options.to_json()
+    was, now = read_config(path)["options"], cell.job.options.to_json()
     plain = FitOptions().to_json()
     other = [
         one for one in now if one not in MAY_CHANGE and was.get(one, _plain(plain[one])) != _plain(now[one])
     ]
     if other:
         raise BadInput(
-            f"the run in {job.path} was made with {other[0]} {was.get(other[0])!r}, not {now[other[0]]!r}; "
+            f"the run in {path} was made with {other[0]} {was.get(other[0])!r}, not {now[other[0]]!r}; "
             "give the same options as before, or another --run"
         )
-    return "finished" if (job.path / SCORES).exists() else "goes on"
+    if (path / SCORES).exists():
+        return "finished"
+    return "goes on" if (path / LAST).exists() else "begins"
 
 
 def _plain(value: Any) -> Any:
@@ -221,20 +234,35 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _score(job: Job, store: Store) -> None:
-    scores = evaluate(load_run(job.path, job.options.device), store, "test").to_json()
-    replace_file(job.path / SCORES, lambda to: to.write_text(json.dumps(scores, indent=1) + "\n"))
+class _Test:
+    """The test subjects of one seed after another, read once for all its rows."""
+
+    def __init__(self, store: Store, path: Path):
+        self.store, self.path = store, path
+        self.seed = -1
+        self.corpus: Corpus | None = None
+
+    def score(self, cell: Cell) -> None:
+        """Score a fitted cell and write it down."""
+        run = load_run(cell.job.path, cell.job.options.device)
+        if self.corpus is None or self.seed != cell.seed:
+            full = load_run(self.path / FULL.folder / f"seed-{cell.seed}", cell.job.options.device)
+            self.seed, self.corpus = cell.seed, load_part(full, self.store, "test").to(run.device)
+        own = self.corpus.part(part_of(run, self.store, "test"), run.options.modalities)
+        scores = evaluate(run, self.store, "test", corpus=own).to_json()
+        text = json.dumps(scores, indent=1) + "\n"
+        replace_file(cell.job.path / SCORES, lambda to: to.write_text(text))
 
 
-def _read(job: Job) -> dict[str, Any]:
-    file = job.path / SCORES
+def _read(cell: Cell) -> Scored:
+    file = cell.job.path / SCORES
     scores = strict_json(file.read_text(), str(file))
     if not isinstance(scores, dict) or not {"heads", "mean_face"} <= set(scores.get("scores", ())):
         raise BadInput(f"{file} holds no scores; delete it, and the same command writes it again")
     return scores
 
 
-def _table(path: Path, options: FitOptions, scores: Mapping[tuple[Row, int], Mapping[str, Any]]) -> Ablation:
+def _table(path: Path, options: FitOptions, scores: Mapping[tuple[Row, int], Scored]) -> Ablation:
     seeds = tuple(dict.fromkeys(seed for _, seed in scores))
 
     def of(row: Row, metric: str, who: str = "heads") -> tuple[float, ...]:

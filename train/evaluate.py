@@ -104,15 +104,17 @@ class Scores:
 
 
 @torch.no_grad()
-def evaluate(run: Run, store: Store, split: str = "test", style: str = "") -> Scores:
+def evaluate(
+    run: Run, store: Store, split: str = "test", style: str = "", corpus: Corpus | None = None
+) -> Scores:
     """Score the run's heads on one part of its split.
 
     A subject that was trained on is predicted in its own style; an unseen one under every training
     style, and its metrics are averaged over styles. ``style``, a training identity's name or "mean",
-    fixes one for everybody. Raises NotFound for a style the run does not have, and as ``load_run``
-    and ``load_part`` do.
+    fixes one for everybody. ``corpus`` are the clips of that part, where they are loaded already.
+    Raises NotFound for a style the run does not have, and as ``load_run`` and ``load_part`` do.
     """
-    corpus = part_to_score(run, store, split, style)
+    corpus = part_to_score(run, store, split, style, corpus)
     rests = _rests(run, corpus)
     tallies: dict[str, _Tally] = {}
     for batch in batches(corpus, torch.arange(len(corpus.takes)), BATCH_CLIPS):
@@ -143,7 +145,7 @@ def evaluate(run: Run, store: Store, split: str = "test", style: str = "") -> Sc
 # --- predictions -----------------------------------------------------------------------------------
 
 
-def part_to_score(run: Run, store: Store, split: str, style: str) -> Corpus:
+def part_to_score(run: Run, store: Store, split: str, style: str, corpus: Corpus | None = None) -> Corpus:
     """The clips of one part of the run's split where the heads are, and the heads set to predict.
 
     Raises BadInput for a split and NotFound for a style that there is not.
@@ -153,7 +155,7 @@ def part_to_score(run: Run, store: Store, split: str, style: str) -> Corpus:
     if style:
         run.style_vector(style)
     run.heads.eval()
-    return load_part(run, store, split).to(run.device)
+    return (load_part(run, store, split) if corpus is None else corpus).to(run.device)
 
 
 def predictions(

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -195,6 +195,12 @@ def _say(label: str, text: str) -> None:
 
 def _print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _some(names: Sequence[str], most: int = 12) -> str:
+    """How many names, and the first of them."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)}: {', '.join(names[:most])}{more}"
 
 
 def _duration(seconds: float) -> str:
@@ -601,7 +607,12 @@ def _report(
     type=click.Choice(["text", "audio", "image", "temporal", "semantic", "motion"]),
     help="Leave out a modality or a loss; may be repeated.",
 )
-@click.option("--protocol", type=click.Choice(["cross-subject"]), help="[default: cross-subject]")
+@click.option(
+    "--protocol",
+    type=click.Choice(["cross-subject", "cross-gender", "leave-one-subject-out", "vocaset", "manifest"]),
+    help="Who trains, validates and is tested.  [default: cross-subject]",
+)
+@click.option("--test-subject", metavar="NAME", help="Who is left out, under leave-one-subject-out.")
 @click.option(
     "--features", multiple=True, metavar="MODALITY=ID", help="Which features, where a store has several."
 )
@@ -676,6 +687,10 @@ class _FitProgress:
                 f"{_count(event.clips, 'clip')}, {event.frames} frames of {subjects}{note}; "
                 f"{event.validation_clips} to validate; {event.parameters:,} parameters on {event.device}",
             )
+            for part, people in event.split.items():
+                _say(part, _some(people))
+            if event.unused:
+                _say("unused", f"{_count(event.unused, 'take')} in no part of the protocol")
             if event.merged:
                 more = f"; {len(event.merged) - 1} more in config.json" if len(event.merged) > 1 else ""
                 _say("people", f"{event.merged[0]}{more}")
@@ -873,10 +888,12 @@ class _AblationProgress:
         elif kind == "CellDone":
             name = f"{event.cell.row.name}, seed {event.cell.seed}"
             _say(self.label, f"{name:<26} LVE {event.lve:.5f}  ALE {event.ale:.5f}")
-        elif kind not in ("Content", "EpochDone"):
+        elif kind == "Started":
+            self.bar.unit, self.bar.unit_scale, self.bar.desc = "step", False, f"{self.label}: "
+            self.bar.reset(total=event.epochs * event.steps_per_epoch)
+            self.bar.update(event.first_epoch * event.steps_per_epoch + event.first_step)
+        elif kind != "EpochDone":
             self.fitting(event)
-        if kind == "Started":
-            self.bar.desc = f"{self.label}: "
 
 
 def _ablation_table(table: Ablation) -> str:
@@ -892,13 +909,14 @@ def _ablation_table(table: Ablation) -> str:
     seeds = _count(len(table.seeds), "seed")
     lines = [
         f"{table.protocol}, test subjects, x1e-2: means of {seeds}"
-        + (" ± sample standard deviation" if len(table.seeds) > 1 else ""),
+        + (" ± sample standard deviation" if len(table.seeds) > 1 else "")
+        + "; of full: LVE over full's",
         f"{'':<17}{'LVE':>9}{'':9}{'ALE':>9}{'':9}{'of full':>9}{'':9}  paper: LVE / ALE on 3D-CAVFA",
     ]
     for one in table.rows:
         ours = cell(one.lve) + cell(one.ale) + cell(one.lve_over_full, 1)
         lines.append(f"{one.row.name:<17}{ours}  {one.row.paper_lve:.3f} / {one.row.paper_ale:.3f}")
-    lines.append(f"{'mean face':<17}{cell(table.mean_face_lve)}")
+    lines.append(f"{'mean face':<17}{cell(table.mean_face_lve)}".rstrip())
     if table.stand_in:
         lines.append("features by untrained stand-ins: what a row loses here says little about the method")
     return "\n".join(lines)

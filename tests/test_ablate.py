@@ -219,7 +219,10 @@ def test_the_command_prints_the_table_beside_the_papers(
     done = pmm(*command)
     assert done.code == 0, done.err
     lines = done.out.splitlines()
-    assert lines[0] == "cross-subject, test subjects, x1e-2: means of 2 seeds ± sample standard deviation"
+    assert lines[0] == (
+        "cross-subject, test subjects, x1e-2: means of 2 seeds ± sample standard deviation; "
+        "of full: LVE over full's"
+    )
     assert "paper: LVE / ALE on 3D-CAVFA" in lines[1]
     for name, line, row in zip(ROWS, lines[2:], table.rows):
         assert line.startswith(f"{name:<17}")

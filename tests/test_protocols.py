@@ -1,5 +1,6 @@
 """Splits are made by identity: nobody, and no clip, stands on two sides."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -330,3 +331,35 @@ def test_what_a_manifest_does_not_say_is_one_line():
         BadInput, match=r"ann/0.wav and bob/0.wav are one recording.* in train and in test; take"
     ):
         protocols.manifest([*said("train", "val", "test"), copied])
+
+
+# --- the command -----------------------------------------------------------------------------------
+
+
+def test_fit_says_whom_it_chose_and_keeps_it(pmm, fitted, tmp_path):
+    options = ("--protocol", "leave-one-subject-out", "--test-subject", "cyd", "--without", "image")
+    done = pmm("fit", fitted / "store", "--run", tmp_path / "run", "--epochs", 1, "--device", "cpu", *options)
+    assert done.code == 0, done.err
+    said = dict(line.split(None, 1) for line in done.err.splitlines() if line.split()[0] in protocols.PARTS)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    chosen = {part: list(config["split"][part]) for part in protocols.PARTS}
+    assert said == {part: f"{len(people)}: {', '.join(people)}" for part, people in chosen.items()}
+    assert said["test"] == "1: cyd"
+    assert (len(chosen["train"]), config["options"]["test_subject"], config["unused"]) == (3, "cyd", 0)
+    scores = json.loads(pmm("eval", tmp_path / "run", "--json").out)
+    assert list(scores["subjects"]) == ["cyd"]
+
+
+def test_fit_refuses_what_a_protocol_cannot_split(pmm, fitted, tmp_path):
+    def complaint(*options):
+        done = pmm("fit", fitted / "store", "--run", tmp_path / "run", *options)
+        assert done.code == 1
+        return done.complaint
+
+    assert complaint("--protocol", "cross-gender").startswith("10 of 10 takes say no gender, the first ")
+    assert complaint("--protocol", "vocaset").startswith("12 of VOCASET's 12 subjects are not among the 5 ")
+    assert complaint("--protocol", "manifest").startswith(
+        "no take with a face track says that it is to train/"
+    )
+    assert "'cyd' with the cross-subject protocol, which chooses" in complaint("--test-subject", "cyd")
+    assert not (tmp_path / "run").exists()

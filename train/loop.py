@@ -132,7 +132,8 @@ class Started:
     """Event: everything is loaded, training begins (or goes on) at ``first_epoch`` (from 0).
 
     ``first_step`` (from 0) of it. ``skipped`` takes are not used; ``merged`` are the subjects that count as
-    one person.
+    one person. ``split`` are the identities by part, as the protocol chose them; ``unused`` takes it put
+    into no part.
     """
 
     clips: int
@@ -147,6 +148,8 @@ class Started:
     steps_per_epoch: int
     device: str
     first_step: int = 0
+    split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unused: int = 0
 
 
 @dataclass(frozen=True)

@@ -337,6 +337,7 @@ def _begin(
         "specs": {name: spec.to_json() for name, spec in one.specs.items()},
         "made_with": {name: _made_with(store, spec) for name, spec in one.specs.items()},
         "split": _used(one.split, {"train": corpus, "validation": validation}),
+        "unused": one.split.unused,
         "merged": [asdict(one) for one in one.split.merged],
         "skipped": [asdict(one) for part in (corpus, validation) for one in part.skipped],
         "styles": list(styles),
@@ -464,6 +465,8 @@ def _started(run: Run, corpus: Corpus, validation: Corpus, schedule: Schedule, s
         steps_per_epoch=-(-len(corpus.takes) // schedule.batch_size),
         device=str(run.device),
         first_step=state.step,
+        split={part: tuple(run.config["split"][part]) for part in protocols.PARTS},
+        unused=run.config.get("unused", 0),
     )
 
 

@@ -1,6 +1,8 @@
 """Splits are made by identity: nobody, and no clip, stands on two sides."""
 
+import itertools
 import json
+import random
 from dataclasses import replace
 
 import pytest
@@ -331,6 +333,54 @@ def test_what_a_manifest_does_not_say_is_one_line():
         BadInput, match=r"ann/0.wav and bob/0.wav are one recording.* in train and in test; take"
     ):
         protocols.manifest([*said("train", "val", "test"), copied])
+
+
+# --- all of them -----------------------------------------------------------------------------------
+
+
+def listing(seed):
+    """Takes of a dozen labels that share clips now and then, with genders and splits drawn at random."""
+    draw = random.Random(seed)
+    people = [
+        (f"person{n}", draw.choice(("", "copy")), draw.choice("mf")) for n in range(draw.randint(4, 12))
+    ]
+    listed = []
+    for n, (who, dataset, gender) in enumerate(people):
+        for c in range(draw.randint(1, 5)):
+            clip = f"{n}-{c}" if draw.random() > 0.1 else f"{draw.randrange(len(people))}-0"
+            words = ("train", "val", "test", "")
+            one = take(clip, who, dataset, target=draw.choice(("face", "face", "face", None)))
+            listed.append(replace(one, gender=gender, split=draw.choice(words)))
+    return draw.sample(listed, len(listed))
+
+
+def apart(sides):
+    return not any(one & other for one, other in itertools.combinations(sides, 2))
+
+
+def refused_or_split(protocol, takes, seed):
+    """None where the protocol refuses, in one line."""
+    try:
+        return protocols.split(protocol, takes, seed)
+    except BadInput as error:
+        return None if "\n" not in str(error) else pytest.fail(str(error))
+
+
+def test_no_clip_and_nobody_is_on_two_sides():
+    """Random listings: each protocol splits them without a leak, or refuses in one line."""
+    done = dict.fromkeys(("cross-subject", "cross-gender", "leave-one-subject-out", "manifest"), 0)
+    for seed in range(300):
+        takes = listing(seed)
+        for protocol in done:
+            if (split := refused_or_split(protocol, takes, seed)) is None:
+                continue
+            done[protocol] += 1
+            clips = [{t.clip.id for own in split[part].values() for t in own} for part in protocols.PARTS]
+            assert all(clips)
+            assert apart(clips)
+            if protocol != "manifest":
+                assert apart([{(t.dataset, t.subject) for t in takes if t.clip.id in own} for own in clips])
+    assert min(done.values()) > 20, done
 
 
 # --- the command -----------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import statistics
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -236,3 +238,21 @@ def test_the_command_prints_the_table_beside_the_papers(
     done = pmm("ablate", store.path, "--run", path, "--seeds", 2, "--epochs", 4)
     assert (done.code, done.out) == (1, "")
     assert "was made with epochs 2, not 4" in done.complaint
+
+
+def test_ctrl_c_keeps_the_run_under_way_and_the_same_command_goes_on(
+    pmm, pmm_process, store: Store, tmp_path: Path
+) -> None:
+    path = tmp_path / "table"
+    command = ("ablate", store.path, "--run", path, "--seeds", 1, "--batch", 2, "--patience", 0)
+    process = pmm_process(*command, "--epochs", 100_000)
+    metrics = path / "full" / "seed-0" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") > 1):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in err) == (130, False), err
+    assert (path / "full" / "seed-0" / "last.safetensors").exists()
+    assert not list(path.rglob(SCORES))
+    done = pmm(*command, "--epochs", 1)
+    assert "was made with epochs 100000, not 1; give the same options as before" in done.complaint

@@ -19,7 +19,7 @@ from pmm.train import metrics
 from pmm.train.evaluate import METRICS, evaluate
 from pmm.train.importance import EVERYTHING, derangement, importance
 from pmm.train.options import FitOptions
-from pmm.train.run import Run, fit, load_run, predict
+from pmm.train.run import Run, fit, load_part, load_run, predict
 
 FPS = 30
 AUDIO = FeatureSpec("audio", "made-up/1", "float16", (8,), None, {"weights": "a"})
@@ -154,6 +154,13 @@ def test_a_style_can_be_fixed(fitted: tuple[Store, Run]) -> None:
     assert own.subjects[run.styles[0]] != forced.subjects[run.styles[0]]
     with pytest.raises(NotFound, match=r"style 'nobody' is not in the run at .*; it has mean, person"):
         evaluate(run, store, "test", "nobody")
+
+
+def test_a_part_that_does_not_fit_into_memory_scores_the_same(fitted: tuple[Store, Run]) -> None:
+    store, run = fitted
+    inside, outside = load_part(run, store, "train"), load_part(run, store, "train", memory_limit=1)
+    assert (inside.streams, outside.streams) == (False, True)
+    assert evaluate(run, store, "train", corpus=outside) == evaluate(run, store, "train", corpus=inside)
 
 
 def test_scores_survive_json(fitted: tuple[Store, Run]) -> None:

@@ -247,7 +247,7 @@ class _Test:
         run = load_run(cell.job.path, cell.job.options.device)
         if self.corpus is None or self.seed != cell.seed:
             full = load_run(self.path / FULL.folder / f"seed-{cell.seed}", cell.job.options.device)
-            self.seed, self.corpus = cell.seed, load_part(full, self.store, "test").to(run.device)
+            self.seed, self.corpus = cell.seed, load_part(full, self.store, "test")
         own = self.corpus.part(part_of(run, self.store, "test"), run.options.modalities)
         scores = evaluate(run, self.store, "test", corpus=own).to_json()
         text = json.dumps(scores, indent=1) + "\n"

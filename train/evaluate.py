@@ -155,7 +155,7 @@ def part_to_score(run: Run, store: Store, split: str, style: str, corpus: Corpus
     if style:
         run.style_vector(style)
     run.heads.eval()
-    return (load_part(run, store, split) if corpus is None else corpus).to(run.device)
+    return load_part(run, store, split) if corpus is None else corpus
 
 
 def predictions(

@@ -36,7 +36,7 @@ from pmm.store.digest import canonical_json, strict_json
 from pmm.store.feature import FeatureSpec
 from pmm.store.remote import is_address, place
 from pmm.store.snapshots import Readable, View
-from pmm.train import checkpoint, data, loaded, protocols
+from pmm.train import checkpoint, data, loaded, memory, protocols
 from pmm.train.checkpoint import FORMAT
 from pmm.train.data import Corpus, Skipped
 from pmm.train.heads import Heads, HeadsConfig
@@ -576,13 +576,18 @@ def _open(path: Path, device: torch.device) -> Run:
         raise BadInput(f"{path / CONFIG} lacks something or is not from this pmm ({error})") from None
 
 
-def load_part(run: Run, store: Readable, part: str) -> Corpus:
+def load_part(run: Run, store: Readable, part: str, memory_limit: int | None = None) -> Corpus:
     """The corpus of one part of a run's split, from exactly the features it was fitted on.
 
-    Raises NotFound for features or takes that ``store`` does not have.
+    It lies on the run's device where it fits, else in at most ``memory_limit`` bytes of memory (None:
+    what is available), else in the store. Raises NotFound for features or takes that ``store`` does not have.
     """
-    people = part_of(run, store, part)
-    return data.load(store, run.specs, people, run.names, run.fps, run.heads.config.image_rows)
+    people, rows = part_of(run, store, part), run.heads.config.image_rows
+    frames = data.frames_of(store, run.specs, people, run.fps)
+    needed = memory.corpus_bytes(frames, run.specs, len(run.names), rows)
+    limits, takes = memory.measured(run.device, memory_limit), sum(map(len, people.values()))
+    lie = memory.choose_cache(memory.AUTO, needed, limits, takes, run.options.modalities).cache
+    return data.load(store, run.specs, people, run.names, run.fps, rows, device=run.device, cache=lie)
 
 
 def part_of(run: Run, store: Readable, part: str) -> dict[str, tuple[Take, ...]]:

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from pmm.train.ablate import Ablation
     from pmm.train.evaluate import Scores
     from pmm.train.importance import Importance
+    from pmm.train.options import FitOptions
+    from pmm.train.run import Result
+    from pmm.train.runs import Comparison
 
 FAILED_CLIPS = 3
 INTERRUPTED = 130
@@ -357,7 +360,7 @@ def precompute(
         "options": Options(fps, device, precision, text_topk, lip_features),
     }
     limits = Limits(batch_seconds, round(fragment_mb * 1e6))
-    with _bar("clip", "reading") as bar, _Interrupts() as interrupts:
+    with _bar("clip", "reading") as bar, _Interrupts(*_PRECOMPUTE_STOPS) as interrupts:
         progress = _PrecomputeProgress(bar, interrupts)
         told: dict[str, Any] = {"limits": limits, "on_event": progress, "stopping": interrupts.asked}
         plan, outcome = run_precompute(
@@ -414,12 +417,13 @@ def _modalities(only: str | None) -> frozenset[str]:
 
 
 class _Interrupts:
-    """Ctrl-C while clips are computed: once asks for a stop, twice is one.
+    """Ctrl-C while a long work is under way: once asks for a stop and says ``first``, twice is one.
 
     Before ``arm`` it is as everywhere: it stops the command.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first: str, second: str) -> None:
+        self._first, self._second = first, second
         self._asked = False
         self._before: Any = None
 
@@ -434,17 +438,21 @@ class _Interrupts:
         return self._asked
 
     def arm(self) -> None:
-        if threading.current_thread() is threading.main_thread():
+        if self._before is None and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._on_signal)
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self._asked:
-            text = "\npmm: stopped at once; what was published is kept: run the same command again to go on\n"
-            os.write(2, text.encode())
-            os._exit(INTERRUPTED)  # the store is made for it: nothing half-written is ever visible
+            os.write(2, f"\npmm: {self._second}\n".encode())
+            os._exit(INTERRUPTED)  # stores and runs are made for it: nothing half-written is ever visible
         self._asked = True
-        text = "stopping after this batch, to publish what is computed; Ctrl-C again stops at once"
-        os.write(2, f"\npmm: {text}\n".encode())
+        os.write(2, f"\npmm: {self._first}\n".encode())
+
+
+_PRECOMPUTE_STOPS = (
+    "stopping after this batch, to publish what is computed; Ctrl-C again stops at once",
+    "stopped at once; what was published is kept: run the same command again to go on",
+)
 
 
 class _PrecomputeProgress:
@@ -584,7 +592,13 @@ def _report(
 @pmm.command()
 @click.argument("store_path", metavar="STORE", type=STORE)
 @click.option("--run", "run_path", required=True, type=PATH, help="A new folder for the run.")
-@click.option("--preset", type=click.Choice(["fast", "paper"]), default="fast", show_default=True)
+@click.option(
+    "--preset",
+    type=click.Choice(["fast", "paper", "smoke"]),
+    default="fast",
+    show_default=True,
+    help="smoke: seconds, to see whether everything works.",
+)
 @click.option("--rig", type=click.Choice(["lip32", "arkit52"]), default="lip32", show_default=True)
 @_fps
 @click.option("--epochs", type=click.IntRange(1), help="[default: the preset's]")
@@ -599,6 +613,11 @@ def _report(
 @click.option("--max-context", type=click.IntRange(1), help="Frames of the past attention sees.")
 @click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), help="[default: 0.1]")
 @click.option("--window", type=click.FloatRange(1), help="Seconds read of longer takes.  [default: 20]")
+@click.option(
+    "--patience",
+    type=click.IntRange(0),
+    help="Stop after so many epochs without a better one; 0: never.  [default: the preset's]",
+)
 @click.option("--decoder-input", type=click.Choice(["aligned", "separate"]), help="[default: aligned]")
 @click.option("--loss-reduction", type=click.Choice(["sum", "mean"]), help="[default: sum]")
 @click.option(
@@ -609,23 +628,52 @@ def _report(
 )
 @click.option(
     "--protocol",
-    type=click.Choice(["cross-subject", "cross-gender", "leave-one-subject-out", "vocaset", "manifest"]),
+    type=click.Choice(
+        ["cross-subject", "cross-gender", "leave-one-subject-out", "vocaset", "manifest", "single"]
+    ),
     help="Who trains, validates and is tested.  [default: cross-subject]",
 )
 @click.option("--test-subject", metavar="NAME", help="Who is left out, under leave-one-subject-out.")
+@click.option("--split-seed", type=click.IntRange(0), help="Draws the split.  [default: what --seed is]")
+@click.option("--subjects", metavar="LIST", help="Only these, comma-separated.  [default: everybody]")
 @click.option(
     "--features", multiple=True, metavar="MODALITY=ID", help="Which features, where a store has several."
 )
 @click.option("--snapshot", metavar="NAME", help="Read exactly this snapshot of the store, or fail.")
+@click.option(
+    "--init", type=PATH, metavar="RUN", help="Begin with the heads of this run: a new person's style."
+)
+@click.option(
+    "--freeze",
+    metavar="LIST",
+    help="With --init, what stays as it is: of image, projections, styles, decoder, output.",
+)
 @_seed
 @_device
-@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+@click.option(
+    "--cache",
+    type=click.Choice(["auto", "device", "ram", "mmap"]),
+    default="auto",
+    show_default=True,
+    help="Where features lie meanwhile; mmap: in the store, for more of them than memory.",
+)
+@click.option("--seeds", type=click.IntRange(1), help="Fit with so many seeds, into folders of --run.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=A,B",
+    help="Fit with each value of an option, into folders of --run; several make a grid.",
+)
+@click.option("--resume", is_flag=True, help="Go on with what was interrupted.")
 @_reading_options
 @_json
 def fit(
     store_path: Path | str,
     run_path: Path,
     features: tuple[str, ...],
+    seeds: int | None,
+    settings: tuple[str, ...],
     resume: bool,
     cache_dir: Path | None,
     cache_gb: float | None,
@@ -633,25 +681,69 @@ def fit(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Fit the alignment and decoder heads on the tensors cached in STORE."""
+    """Fit the alignment and decoder heads on the tensors cached in STORE.
+
+    Interrupt it (Ctrl-C) and it keeps the heads after the step under way; --resume goes on from there, to
+    the same result. With --seeds or --set several runs are fitted over one corpus, which is loaded once.
+    """
     from pmm.store.cache import Cache
     from pmm.store.catalog import Store
-    from pmm.train.run import FitOptions
     from pmm.train.run import fit as run_fit
+    from pmm.train.sweep import sweep
 
-    chosen = dict(_pair(text) for text in features)
-    given = {key: value for key, value in options.items() if value is not None}
+    asked = _fit_options(features, **options)
     store = Store.open(store_path, Cache.default(cache_dir, cache_gb), safe_read or None)
-    with _bar("step", "fitting") as bar:
-        result = run_fit(
-            store, run_path, FitOptions(**given, features=chosen), on_event=_FitProgress(bar), resume=resume
-        )
+    with _bar("step", "reading") as bar, _Interrupts(*_FIT_STOPS) as interrupts:
+        progress = _FitProgress(bar, interrupts)
+        told: dict[str, Any] = {"on_event": progress, "resume": resume, "stopping": interrupts.asked}
+        if seeds or settings:
+            results = sweep(store, run_path, asked, settings, seeds or 1, **told)
+        else:
+            results = [run_fit(store, run_path, asked, **told)]
+    _report_fits(results, run_path, bool(seeds or settings), as_json)
+    if any(one.ended == "interrupted" for one in results) or (interrupts.asked() and (seeds or settings)):
+        click.echo("pmm: interrupted; run the same command again with --resume to go on", err=True)
+        raise click.exceptions.Exit(INTERRUPTED)
+    if progress.failed:
+        raise click.exceptions.Exit(FAILED_CLIPS)
+
+
+_FIT_STOPS = (
+    "keeping the heads after this step; Ctrl-C again stops at once",
+    "stopped at once; --resume goes on from where the heads were last kept",
+)
+
+
+def _fit_options(features: tuple[str, ...], **options: Any) -> FitOptions:
+    from pmm.train.options import FitOptions
+
+    given = {key: value for key, value in options.items() if value is not None}
+    for name in ("subjects", "freeze"):
+        if name in given:
+            given[name] = tuple(part.strip() for part in given[name].split(",") if part.strip())
+    if "init" in given:
+        given["init"] = str(given["init"].absolute())
+    return FitOptions(**given, features=dict(_pair(text) for text in features))
+
+
+def _report_fits(results: list[Result], path: Path, several: bool, as_json: bool) -> None:
+    from pmm.train.runs import compare
+
     if as_json:
-        _print_json(result.to_json())
+        told = [one.to_json() for one in results]
+        _print_json({"runs": told} if several else told[0])
+    elif several:
+        click.echo(_runs_table(compare(path)))
     else:
+        (one,) = results
+        best = f"best validation LVE {one.best_lve:.5f} at epoch {one.best_epoch}"
         click.echo(
-            f"best validation LVE {result.best_lve:.5f} at epoch {result.best_epoch}; run in {run_path}"
+            f"{best if one.best_epoch else 'no epoch is finished'}"
+            f"{_ENDED[one.ended].format(one.epochs)}; run in {one.path}"
         )
+
+
+_ENDED = {"done": "", "patience": " of {}, none better since", "interrupted": ", interrupted"}
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -664,8 +756,9 @@ def _pair(text: str) -> tuple[str, str]:
 class _FitProgress:
     """Training events to a bar over steps and one line an epoch."""
 
-    def __init__(self, bar: tqdm):
-        self.bar = bar
+    def __init__(self, bar: tqdm, interrupts: _Interrupts | None = None):
+        self.bar, self.interrupts = bar, interrupts
+        self.failed = 0
 
     def __call__(self, event: Any) -> None:
         kind = type(event).__name__
@@ -676,10 +769,19 @@ class _FitProgress:
             kept = f"not kept in the store ({event.unpinned})" if event.unpinned else "kept in the store"
             self.bar.clear()
             _say("content", f"snapshot {event.snapshot}, {kept}")
+        elif kind == "Cached":
+            _say("cache", _cache_text(event))
+        elif kind == "JobStarted":
+            _say(f"{event.number}/{event.jobs}", str(event.path))
+        elif kind == "JobFailed":
+            self.failed += 1
+            click.echo(f"pmm: failed: {event.path}: {event.reason}", err=True)
         elif kind == "Started":
             self.bar.unit, self.bar.unit_scale, self.bar.desc = "step", False, "fitting: "
             self.bar.reset(total=event.epochs * event.steps_per_epoch)
-            self.bar.update(event.first_epoch * event.steps_per_epoch)
+            self.bar.update(event.first_epoch * event.steps_per_epoch + event.first_step)
+            if self.interrupts:
+                self.interrupts.arm()
             note = f" ({event.skipped} takes lack features)" if event.skipped else ""
             subjects = _count(len(event.styles), "subject")
             _say(
@@ -705,6 +807,71 @@ class _FitProgress:
                 f"loss {event.losses['total']:.4f}  validation LVE {event.validation_lve:.5f}"
                 f"{' *' if event.best else '  '}  {event.frames_per_second:.0f} frames/s",
             )
+
+
+def _cache_text(event: Any) -> str:
+    """``1.2 GB in memory of 8.0 GB free``."""
+    place = {"device": "on the device", "ram": "in memory", "mmap": "in the store, read ahead"}[event.cache]
+    free = "" if event.available is None else f", {_size(event.available)} free"
+    why = " (too much to hold)" if (event.asked, event.cache) == ("auto", "mmap") else ""
+    return f"features of {_size(event.needed)} {place}{free}{why}"
+
+
+@pmm.command()
+@click.argument("folder", metavar="DIR", type=PATH)
+@_json
+def runs(folder: Path, as_json: bool) -> None:
+    """Compare the runs in DIR and in folders below it: their options where they differ, and their scores."""
+    from pmm.train.runs import compare
+
+    found = compare(folder)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        click.echo(_runs_table(found))
+
+
+def _runs_table(found: Comparison) -> str:
+    """A line a run, the best first; then means over seeds, and what stands against comparing."""
+    differing = list(next((one.differences for one in found.runs if not one.problem), {}))
+    head = ["run", *differing, "epochs", "loss", "val LVE", "test LVE", "test ALE"]
+    lines = [
+        [one.run, f"cannot be read: {one.problem}"]
+        if one.problem
+        else [
+            one.run,
+            *(_plainly(one.differences[name]) for name in differing),
+            f"{one.epochs}/{one.planned}",
+            _figure(one.loss),
+            _figure(one.best_lve),
+            _figure(one.test.get("lve")),
+            _figure(one.test.get("ale")),
+        ]
+        for one in found.runs
+    ]
+    text = [_aligned(head, [line for line in lines if len(line) == len(head)])]
+    text += ["  ".join(line) for line in lines if len(line) != len(head)]
+    for group in found.groups:
+        what = ", ".join(f"{name} {_plainly(value)}" for name, value in group.differences.items()) or "all"
+        spread = "" if group.deviation is None else f" ± {group.deviation:.5f}"
+        text.append(f"mean      {what}: val LVE {group.mean:.5f}{spread} of {_count(group.runs, 'run')}")
+    return "\n".join([*text, *(f"note      {note}" for note in found.notes)])
+
+
+def _aligned(head: list[str], lines: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(head, *lines)]
+    rows = [[cell.ljust(widths[0]), *map(str.rjust, rest, widths[1:])] for cell, *rest in (head, *lines)]
+    return "\n".join("  ".join(row).rstrip() for row in rows)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.5f}"
+
+
+def _plainly(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "+".join(map(str, value)) or "-"
+    return "-" if value in (None, "", {}) else str(value)
 
 
 @pmm.command(name="eval")
@@ -856,28 +1023,33 @@ def ablate(
     from pmm.store.cache import Cache
     from pmm.store.catalog import Store
     from pmm.train.ablate import ablate as run_ablate
-    from pmm.train.run import FitOptions
 
-    chosen = dict(_pair(text) for text in features)
-    given = {key: value for key, value in options.items() if value is not None}
+    asked = _fit_options(features, **options)
     store = Store.open(store_path, Cache.default(cache_dir, cache_gb), safe_read or None)
-    with _bar("step", "ablation") as bar:
-        table = run_ablate(
-            store, run_path, FitOptions(**given, features=chosen), seeds, _AblationProgress(bar)
-        )
+    with _bar("step", "reading") as bar, _Interrupts(*_ABLATE_STOPS) as interrupts:
+        progress = _AblationProgress(bar, interrupts)
+        table = run_ablate(store, run_path, asked, seeds, progress, interrupts.asked)
     if table is None:
-        raise click.Abort
+        click.echo("pmm: interrupted; run the same command again to go on", err=True)
+        raise click.exceptions.Exit(INTERRUPTED)
     if as_json:
         _print_json(table.to_json())
     else:
         click.echo(_ablation_table(table))
 
 
+_ABLATE_STOPS = (
+    "keeping the run under way after this step; Ctrl-C again stops at once",
+    "stopped at once; run the same command again to go on from what was kept",
+)
+
+
 class _AblationProgress:
     """One line a run, and a bar over the steps of the run under way."""
 
-    def __init__(self, bar: tqdm):
-        self.bar, self.label, self.fitting = bar, "", _FitProgress(bar)
+    def __init__(self, bar: tqdm, interrupts: _Interrupts):
+        self.bar, self.interrupts = bar, interrupts
+        self.label, self.fitting = "", _FitProgress(bar)
 
     def __call__(self, event: Any) -> None:
         kind = type(event).__name__
@@ -889,6 +1061,7 @@ class _AblationProgress:
             name = f"{event.cell.row.name}, seed {event.cell.seed}"
             _say(self.label, f"{name:<26} LVE {event.lve:.5f}  ALE {event.ale:.5f}")
         elif kind == "Started":
+            self.interrupts.arm()
             self.bar.unit, self.bar.unit_scale, self.bar.desc = "step", False, f"{self.label}: "
             self.bar.reset(total=event.epochs * event.steps_per_epoch)
             self.bar.update(event.first_epoch * event.steps_per_epoch + event.first_step)

@@ -74,6 +74,11 @@ def load(path: Path, heads: Heads, optimiser: torch.optim.Adam | None = None) ->
     return state
 
 
+def read_state(path: Path) -> State:
+    """Where the run stood; the tensors are not read. Raises as ``load`` does."""
+    return _read(path, tensors=False)[1]
+
+
 def _moments(tensors: Mapping[str, Tensor], n: int, parameter: Tensor) -> dict[str, Tensor]:
     """Adam's state of one parameter, laid out as the parameter is: the same arithmetic to the bit."""
     moments = {
@@ -83,12 +88,12 @@ def _moments(tensors: Mapping[str, Tensor], n: int, parameter: Tensor) -> dict[s
     return {"step": tensors[f"{_ADAM}{n}.step"], **moments}
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], State]:
+def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], State]:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})[_ABOUT])
             refuse_newer(about.pop("format"), path)
-            names = list(file.keys())
+            names = list(file.keys()) if tensors else []
             return {name: file.get_tensor(name) for name in names}, State(**about)
     except FileNotFoundError:
         raise NotFound(f"{path} is not there: the run has not finished an epoch; use --resume") from None

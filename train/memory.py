@@ -24,7 +24,7 @@ _FLOAT = 4  # bytes
 class Cached:
     """Event: where the features lie.
 
-    cache      "device", "ram" or "mmap"
+    cache      "device" (a GPU), "ram" or "mmap"
     asked      the same, or "auto"
     needed     bytes that all of them fill
     available  bytes free where they were to lie: on the device, or for "mmap" in memory; None: unknown
@@ -38,16 +38,20 @@ class Cached:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes that can still be filled, of the machine's memory and of the device's; None: nobody knows."""
+    """Bytes that can still be filled.
+
+    machine  of the machine's memory; None: nobody knows
+    device   of the device's own; None: it has none, and computes in the machine's
+    """
 
     machine: int | None
-    device: int | None
+    device: int | None = None
 
 
 def measured(device: torch.device, machine: int | None = None) -> Limits:
     """What is free now; ``machine`` bytes of the machine's memory, where given."""
     machine = available() if machine is None else machine
-    return Limits(machine, torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine)
+    return Limits(machine, torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None)
 
 
 def choose_cache(
@@ -57,14 +61,16 @@ def choose_cache(
 
     Raises BadInput where they do not fit into the place that was asked for; the store always holds them.
     """
-    free = {"device": limits.device, "ram": limits.machine, "mmap": limits.machine}
+    free = {"ram": limits.machine, "mmap": limits.machine}
+    if limits.device is not None:
+        free = {"device": limits.device, **free}
     if asked == AUTO:
-        fitting = (name for name in ("device", "ram") if _holds(free[name], needed, share))
-        place = next(fitting, "mmap")
+        place = next(name for name in free if name == "mmap" or _holds(free[name], needed, share))
         return Cached(place, asked, needed, free[place])
-    if asked != "mmap" and not _holds(free[asked], needed):
-        raise BadInput(_too_much(asked, needed, free[asked] or 0, takes, modalities))
-    return Cached(asked, asked, needed, free[asked])
+    place = asked if asked in free else "ram"
+    if place != "mmap" and not _holds(free[place], needed):
+        raise BadInput(_too_much(place, needed, free[place] or 0, takes, modalities))
+    return Cached(place, asked, needed, free[place])
 
 
 def _holds(limit: int | None, needed: int, share: float = 1.0) -> bool:

@@ -18,7 +18,7 @@ from pmm import BadInput
 from pmm.store.clip import Take
 from pmm.store.digest import digest
 
-PROTOCOLS = ("cross-subject", "cross-gender", "leave-one-subject-out", "vocaset", "manifest")
+PROTOCOLS = ("cross-subject", "cross-gender", "leave-one-subject-out", "vocaset", "manifest", "single")
 PARTS = ("train", "validation", "test")
 
 GENDERS = {"m": "male", "male": "male", "man": "male", "f": "female", "female": "female", "woman": "female"}
@@ -306,6 +306,26 @@ def manifest(takes: Sequence[Take]) -> Split:
     return _drawn(takes, _spelt)
 
 
+def single(takes: Sequence[Take], seed: int) -> Split:
+    """80 / 10 / 10 % of each identity's clips to train, validate and test, at random by ``seed``.
+
+    For the style of one person, who is on all three sides with different clips: at least one to validate
+    and one to test. Raises BadInput for an identity with fewer than three clips with a face track.
+    """
+    side: dict[str, str] = {}
+    for name, own in identities(takes).items():
+        clips = _shuffled({take.clip.id for take in _with_face(own)}, seed)
+        if len(clips) < 3:
+            raise BadInput(
+                f"{name} has {len(clips)} clips with a face track; the single protocol needs at least 3 of "
+                "each subject, one each to train, validate and test: precompute more, or choose by --subjects"
+            )
+        held = max(1, (len(clips) + 5) // 10)
+        parts = ["validation"] * held + ["test"] * held + ["train"] * (len(clips) - 2 * held)
+        side.update(zip(clips, parts))
+    return _drawn(takes, lambda take: side.get(take.clip.id, ""))
+
+
 def _spelt(take: Take) -> str:
     return SPELLINGS.get(take.split.strip().casefold(), "")
 
@@ -402,6 +422,8 @@ def split(protocol: str, takes: Sequence[Take], seed: int, test_subject: str = "
             f"test subject {test_subject!r} with the {protocol} protocol, which chooses for itself; "
             "use --protocol leave-one-subject-out"
         )
+    if protocol == "single":
+        return single(takes, seed)
     if protocol in ("vocaset", "manifest"):
         return vocaset(takes) if protocol == "vocaset" else manifest(takes)
     return cross_subject(takes, seed) if protocol == "cross-subject" else cross_gender(takes, seed)

@@ -262,13 +262,13 @@ def _options_after(before: Run, options: FitOptions) -> FitOptions:
                 f"the run in {before.path} has {name} {was!r}, and --init keeps it: leave out {name} {wish!r}"
             )
         changes[name] = was
-    features = {name: spec.id for name, spec in before.specs.items()}
-    return replace(options, **changes, features=features)
+    changes["features"] = {name: spec.id for name, spec in before.specs.items()}
+    return replace(options, **changes)
 
 
 _DECIDED_BY_HEADS = (
     *("preset", "rig", "fps", "lookahead", "context", "max_context", "dropout", "modality_dropout"),
-    *("decoder_input", "features"),
+    *("decoder_input", "without", "features"),
 )
 """Options that a run to begin from has decided."""
 

@@ -790,7 +790,7 @@ class _FitProgress:
                 f"{event.validation_clips} to validate; {event.parameters:,} parameters on {event.device}",
             )
             for part, people in event.split.items():
-                _say(part, _some(people))
+                _say("validate" if part == "validation" else part, _some(people))
             if event.unused:
                 _say("unused", f"{_count(event.unused, 'take')} in no part of the protocol")
             if event.merged:
@@ -1097,23 +1097,33 @@ def _ablation_table(table: Ablation) -> str:
 
 @pmm.command()
 @click.argument("run_path", metavar="RUN", type=PATH)
-@click.argument("audio", type=PATH)
+@click.argument("audio", type=PATH, required=False)
 @click.option("-o", "--out", required=True, type=PATH, help="The Live Link Face CSV to write.")
 @click.option(
     "--style", default="mean", show_default=True, help="A training subject's style, or the mean of all."
 )
 @click.option("--plot", type=PATH, help="Also draw a few curves over the waveform, to this PNG.")
 @click.option("--against", type=PATH, help="A captured CSV of the same speech, drawn beside the prediction.")
+@click.option(
+    "--features-from-store",
+    "store_path",
+    type=STORE,
+    metavar="STORE",
+    help="Animate a take of this store from its cached features, without any model.",
+)
+@click.option("--clip", metavar="NAME", help="The take: its name there, or 8 digits of its id.")
 @_model_options
 @_device
 @_json
 def animate(
     run_path: Path,
-    audio: Path,
+    audio: Path | None,
     out: Path,
     style: str,
     plot: Path | None,
     against: Path | None,
+    store_path: Path | str | None,
+    clip: str | None,
     device: str,
     as_json: bool,
     **models: Any,
@@ -1121,6 +1131,15 @@ def animate(
     """Turn the speech in AUDIO into facial animation: a Live Link Face CSV that Unreal reads."""
     from pmm.animate.speak import animate_file
 
+    if store_path is not None:
+        if audio or plot or against or any(models.values()) or clip is None:
+            raise click.UsageError(
+                "--features-from-store goes with --clip, -o, --style and --device only: no sound, no model"
+            )
+        _animate_cached(run_path, store_path, clip, out, style, device, as_json)
+        return
+    if audio is None or clip is not None:
+        raise click.UsageError("name a sound file to animate, or a --clip with --features-from-store")
     named = models.pop("models")
     replaced = {key: value for key, value in models.items() if value is not None}
     done = animate_file(
@@ -1142,6 +1161,20 @@ def animate(
         )
         if plot:
             click.echo(f"picture in {plot}")
+
+
+def _animate_cached(
+    run_path: Path, store_path: Path | str, clip: str, out: Path, style: str, device: str, as_json: bool
+) -> None:
+    from pmm.animate.speak import animate_take
+    from pmm.store.catalog import Store
+
+    done = animate_take(run_path, Store.open(store_path), clip, out, style=style, device=device)
+    if as_json:
+        _print_json(done.to_json())
+    else:
+        length = _duration(done.seconds)
+        click.echo(f"{done.frames} frames at {done.fps} fps ({length}) from {done.models}, in {out}")
 
 
 @pmm.group()

@@ -390,10 +390,12 @@ def test_fit_says_whom_it_chose_and_keeps_it(pmm, fitted, tmp_path):
     options = ("--protocol", "leave-one-subject-out", "--test-subject", "cyd", "--without", "image")
     done = pmm("fit", fitted / "store", "--run", tmp_path / "run", "--epochs", 1, "--device", "cpu", *options)
     assert done.code == 0, done.err
-    said = dict(line.split(None, 1) for line in done.err.splitlines() if line.split()[0] in protocols.PARTS)
+    lines = [line.split(None, 1) for line in done.err.splitlines()]
+    said = {line[0]: line[1] for line in lines if line[0] in ("train", "validate", "test")}
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     chosen = {part: list(config["split"][part]) for part in protocols.PARTS}
-    assert said == {part: f"{len(people)}: {', '.join(people)}" for part, people in chosen.items()}
+    told = {part: f"{len(people)}: {', '.join(people)}" for part, people in chosen.items()}
+    assert said == {"train": told["train"], "validate": told["validation"], "test": told["test"]}
     assert said["test"] == "1: cyd"
     assert (len(chosen["train"]), config["options"]["test_subject"], config["unused"]) == (3, "cyd", 0)
     scores = json.loads(pmm("eval", tmp_path / "run", "--json").out)

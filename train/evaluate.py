@@ -44,7 +44,8 @@ class Scores:
     """Metrics pooled over all frames of a part of the split.
 
     scores         predictor -> metric -> value; predictors are ``heads``, ``mean_face`` (the training
-                   mean in every frame) and ``silence`` (all zeros), metrics those of METRICS
+                   mean in every frame) and ``silence`` (all zeros), metrics those of METRICS; motion and
+                   jitter are 0 where no clip has the frames that they compare
     coefficients   coefficient -> predictor -> its mean ``absolute`` and ``squared`` error
     target_jitter  of the captures themselves
     subjects       scores by identity

@@ -2,8 +2,8 @@
 
 An *identity* is one person, whatever folders or names their takes came under: (dataset, subject)
 labels that share a clip are the same identity. Splits are made by identity, so nobody is on two
-sides; only ``vocaset`` and ``manifest``, whose sides somebody else has drawn, may put one person's
-takes on two. No clip is on two sides in any.
+sides; only ``vocaset`` and ``manifest``, whose sides somebody else has drawn, and ``single``, which is
+for one person, may put one person's takes on two. No clip is on two sides in any.
 """
 
 from __future__ import annotations
@@ -315,7 +315,7 @@ def single(takes: Sequence[Take], seed: int) -> Split:
     side: dict[str, str] = {}
     for name, own in identities(takes).items():
         clips = _shuffled({take.clip.id for take in _with_face(own)}, seed)
-        if len(clips) < 3:
+        if 0 < len(clips) < 3:
             raise BadInput(
                 f"{name} has {len(clips)} clips with a face track; the single protocol needs at least 3 of "
                 "each subject, one each to train, validate and test: precompute more, or choose by --subjects"
@@ -323,6 +323,10 @@ def single(takes: Sequence[Take], seed: int) -> Split:
         held = max(1, (len(clips) + 5) // 10)
         parts = ["validation"] * held + ["test"] * held + ["train"] * (len(clips) - 2 * held)
         side.update(zip(clips, parts))
+    if not side:
+        raise BadInput(
+            "no subject with a face track was found; the single protocol needs one: precompute more"
+        )
     return _drawn(takes, lambda take: side.get(take.clip.id, ""))
 
 

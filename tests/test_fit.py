@@ -866,6 +866,10 @@ def test_the_commands_need_no_transformers_and_no_dask_and_add_no_more_than_a_sn
     scored = command("eval", tmp_path / "run", "--json")
     assert scored.returncode == 0, scored.stderr
     assert json.loads(scored.stdout)["clips"] == 1
+    drawn = ("--features-from-store", tmp_path / "store", "--clip", "person1/take0", "-o", tmp_path / "a.csv")
+    animated = command("animate", tmp_path / "run", *drawn)
+    assert animated.returncode == 0, animated.stderr
+    assert animated.stdout == f"28 frames at 30 fps (0:00:01) from cached features, in {tmp_path / 'a.csv'}\n"
     assert {path: path.stat().st_mtime_ns for path in contents} == before
     added = {path for path in (tmp_path / "store").rglob("*") if path.is_file()} - set(contents)
     assert {path.parent.name for path in added} == {"snapshots"}
@@ -874,6 +878,39 @@ def test_the_commands_need_no_transformers_and_no_dask_and_add_no_more_than_a_sn
     config = run.heads.config
     assert (config.modalities, config.max_context, config.dropout) == (("image", "audio"), 60, 0)
     assert run.config["schedule"]["window"] == 5
+
+
+def test_a_cached_take_is_animated_as_its_features_predict(pmm, store, fitted, tmp_path):
+    path, out = fitted[0], tmp_path / "out.csv"
+    take, style = store.takes()[4], load_run(path).styles[1]
+    source = ("--features-from-store", store.path)
+    done = pmm("animate", path, *source, "--clip", take.source, "-o", out, "--style", style, "--json")
+    assert done.code == 0, done.err
+    native = {spec.modality: store.read(spec.id, take.clip.id) for spec in (AUDIO, TEXT, IMAGE)}
+    run = load_run(path)
+    expected = np.clip(predict(run, native, style=run.styles[1]), 0, 1)
+    rows = [line.split(",") for line in out.read_text().splitlines()]
+    column = rows[0].index("JawOpen")
+    written = [float(row[column]) for row in rows[1:]]
+    np.testing.assert_allclose(written, expected[:, run.names.index("JawOpen")], atol=1e-6)
+    for name, complaint in (
+        ("nobody/take9", f"no take 'nobody/take9' in {store.where}; `pmm store ls {store.where}` names them"),
+        (take.source, f"{out} already exists and nothing is overwritten; choose another name"),
+    ):
+        other = tmp_path / "new.csv" if name != take.source else out
+        assert pmm("animate", path, *source, "--clip", name, "-o", other).complaint == complaint
+    mixed = pmm("animate", path, tmp_path / "a.wav", *source, "--clip", take.source, "-o", tmp_path / "x.csv")
+    assert (mixed.code, "no sound, no model" in mixed.complaint) == (2, True)
+
+
+def test_a_last_checkpoint_that_was_cut_off_is_one_line(store, fitted, tmp_path):
+    path = shutil.copytree(fitted[0], tmp_path / "run")
+    whole = (path / "last.safetensors").read_bytes()
+    (path / "last.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        BadInput, match=r"last.safetensors is truncated or no checkpoint of pmm .*; it cannot"
+    ):
+        fit(store, path, FitOptions(), resume=True)
 
 
 def test_leaving_every_modality_out_is_one_line(pmm, store, tmp_path):

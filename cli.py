@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -361,7 +362,7 @@ def precompute(
     }
     limits = Limits(batch_seconds, round(fragment_mb * 1e6))
     with _bar("clip", "reading") as bar, _Interrupts(*_PRECOMPUTE_STOPS) as interrupts:
-        progress = _PrecomputeProgress(bar, interrupts)
+        progress = _PrecomputeProgress(bar, interrupts, shared=bool(workers or scheduler))
         told: dict[str, Any] = {"limits": limits, "on_event": progress, "stopping": interrupts.asked}
         plan, outcome = run_precompute(
             datasets,
@@ -376,7 +377,7 @@ def precompute(
             carry_out=_carry_out(workers, scheduler, **asked, **told),
         )
     if outcome and outcome.pace.audio:
-        took = outcome.pace
+        took = replace(outcome.pace, elapsed=progress.elapsed)  # by the clock here, whoever computed
         _say("pace", f"{_pace_text(took)}; {_duration(took.audio)} of audio in {_duration(took.elapsed)}")
     _report(plan, outcome, progress.forecast, store_path, as_json)
     if outcome and outcome.left:
@@ -458,9 +459,10 @@ _PRECOMPUTE_STOPS = (
 class _PrecomputeProgress:
     """Events of a precompute run: a bar over clips read, the plan, a bar over seconds of audio."""
 
-    def __init__(self, bar: tqdm, interrupts: _Interrupts):
-        self.bar, self.interrupts = bar, interrupts
+    def __init__(self, bar: tqdm, interrupts: _Interrupts, shared: bool):
+        self.bar, self.interrupts, self.shared = bar, interrupts, shared
         self.seconds = 0.0
+        self._began = time.perf_counter()
         self.forecast: Forecast | None = None
         self._paces: deque[Pace] = deque(maxlen=_RECENT_BATCHES)
 
@@ -479,9 +481,15 @@ class _PrecomputeProgress:
         elif kind in _CLUSTER_TEXTS:
             _say(*_CLUSTER_TEXTS[kind](event))
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the plan was made."""
+        return time.perf_counter() - self._began
+
     def _planned(self, event: Any) -> None:
         self.seconds, self.forecast = event.plan.work_seconds, event.forecast
-        _show_plan(event.plan, event.label, event.forecast)
+        _show_plan(event.plan, event.label, event.forecast, self.shared)
+        self._began = time.perf_counter()
         self.bar.unit, self.bar.desc = "s", "computing: "
         self.bar.bar_format = _AUDIO_BAR
         self.bar.reset(total=self.seconds)
@@ -508,8 +516,6 @@ _CLUSTER_TEXTS: dict[str, Callable[[Any], tuple[str, str]]] = {
 
 _RECENT_BATCHES = 8
 _AUDIO_BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}{postfix}]"
-
-
 _STAGES = {"decode": "waiting for decoding", "models": "models busy", "disk": "waiting for the disk"}
 
 
@@ -518,7 +524,7 @@ def _pace_text(pace: Pace) -> str:
     return f"{pace.speed:.1f} s of audio a second, {_STAGES[pace.bottleneck]}"
 
 
-def _show_plan(plan: Plan, label: str, forecast: Forecast) -> None:
+def _show_plan(plan: Plan, label: str, forecast: Forecast, shared: bool) -> None:
     subjects = len({(s.take.dataset, s.take.subject) for s in plan.sources})
     _say(
         "found",
@@ -538,7 +544,7 @@ def _show_plan(plan: Plan, label: str, forecast: Forecast) -> None:
     if plan.left_out:
         _say("left out", f"{_count(plan.left_out, 'clip')} that could be computed, as you chose")
     if plan.work:
-        _say("needs", _needs_text(plan, forecast))
+        _say("needs", _needs_text(plan, forecast) + (", shared by the workers" if shared else ""))
     if forecast.tight:
         _say(
             "warning",
@@ -548,7 +554,7 @@ def _show_plan(plan: Plan, label: str, forecast: Forecast) -> None:
 
 
 def _needs_text(plan: Plan, forecast: Forecast) -> str:
-    """``1.2 GB of 830.1 GB free on the disk; about 0:10:00 for 1:00:00 of audio``."""
+    """``disk 1.2 GB of 830.1 GB free; 600 clips, 1:00:00; about 0:10:00 of computing``."""
     disk = _size(forecast.disk)
     if forecast.free_disk is not None:
         disk = f"{disk} of {_size(forecast.free_disk)} free"
@@ -1315,9 +1321,11 @@ def _info_text(summary: dict[str, Any]) -> str:
 
 
 def _made_with(feature: dict[str, Any]) -> str:
+    """By what it was made; and what is left of its fullest form, where that is not all: (latent, bf16)."""
     if feature["modality"] == "target":
         return str(feature["algorithm"])
-    return ", ".join(sorted({made.get("label", "?") for made in feature["made_with"]}))
+    labels = ", ".join(sorted({made.get("label", "?") for made in feature["made_with"]}))
+    return f"{labels}: {feature['form']}" if feature["form"] else labels
 
 
 def _when(iso: str) -> str:

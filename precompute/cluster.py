@@ -16,6 +16,7 @@ import os
 import queue
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import reduce
@@ -42,6 +43,9 @@ _QUIET_SECONDS = 10.0
 """After so long without a worker the user is told, and again whenever it was twice as long."""
 _EXPECTED_WORKERS = 8
 """Where none has come yet."""
+_SLOW_RESTART = "distributed.deploy.lost-worker-timeout"
+_IN_VAIN = 20
+"""So many workers that die, and not one task finished meanwhile, are no clip's fault."""
 
 
 class ClusterLost(PmmError, ConnectionError):
@@ -163,30 +167,42 @@ def _client(workers: int | None, scheduler: str | None, device: str) -> Iterator
 
 @contextmanager
 def _local(workers: int, device: str) -> Iterator[SpecCluster]:
-    """A scheduler and workers on this machine, reached by nobody but this user where that can be had."""
+    """A scheduler and workers on this machine, reached by nobody but this user."""
+    import dask
     from distributed import Nanny, Scheduler, SpecCluster
+    from distributed.security import Security
 
-    common = {"host": "127.0.0.1", "protocol": "tls" if (secret := _secret()) else "tcp", "security": secret}
+    _hush_tracker()
+    secret = Security.temporary()  # certificates that live as long as the cluster
+    common = {"host": "127.0.0.1", "protocol": "tls", "security": secret}
     page = find_spec("bokeh") is not None
     scheduler = {**common, "port": 0, "dashboard": page, "dashboard_address": "127.0.0.1:0"}
     specs = {
         number: {"cls": Nanny, "options": {**common, **_worker_options(one)}}
         for number, one in enumerate(_places(workers, device))
     }
-    with SpecCluster(
-        workers=specs,
-        scheduler={"cls": Scheduler, "options": scheduler},
-        security=secret,
-        silence_logs=logging.CRITICAL,
-    ) as cluster:
+    given = {"cls": Scheduler, "options": scheduler}
+    with (
+        dask.config.set({_SLOW_RESTART: "1 day"}),  # its own 15 s are too few for a busy machine
+        SpecCluster(
+            workers=specs, scheduler=given, security=secret, silence_logs=logging.CRITICAL
+        ) as cluster,
+    ):
         yield cluster
 
 
-def _secret() -> Any:
-    """Certificates that live as long as the cluster, or None where the library that makes them is missing."""
-    from distributed.security import Security
+def _hush_tracker() -> None:
+    """Starts Python's keeper of semaphores, which outlives us, so that it complains of no interrupted run."""
+    from multiprocessing import resource_tracker
 
-    return Security.temporary() if find_spec("cryptography") else None
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (before, "ignore:resource_tracker")))
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        del os.environ["PYTHONWARNINGS"]
+        if before is not None:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 @dataclass(frozen=True)
@@ -215,6 +231,8 @@ def _gpus() -> list[str]:
 
 
 def _worker_options(place: _Place) -> dict[str, Any]:
+    import dask
+
     threads = os.environ.get("OMP_NUM_THREADS", str(place.threads))
     env = {f"{name}_NUM_THREADS": threads for name in ("OMP", "MKL", "OPENBLAS")}
     if place.gpu is not None:
@@ -224,7 +242,7 @@ def _worker_options(place: _Place) -> dict[str, Any]:
         "memory_limit": 0,  # its guess would be a share of the memory by threads, and it kills above that
         "env": env,
         "resources": {} if place.gpu is None else {worker.GPU: 1},
-        "preload": [worker.__name__],
+        "preload": [*dask.config.get("distributed.worker.preload", []), worker.__name__],
         "silence_logs": logging.CRITICAL,
     }
 
@@ -283,6 +301,7 @@ class _Tasks:
         self._came: queue.SimpleQueue[int | str] = queue.SimpleQueue()  # a task by number, or a clip
         self._untold: dict[str, float] = {}
         self._stopped = False
+        self._in_vain = 0
         self._address = _address(client)
         self._resources = {worker.GPU: 1} if _with_gpus(client) else None
 
@@ -336,10 +355,10 @@ class _Tasks:
 
     def _ended(self, number: int, task: Task, future: Future) -> list[run.Outcome]:
         if future.status == "finished":
-            receipt: worker.Receipt = future.result()
-            future.release()
+            receipt = self._receipt(future)
             if receipt.outcome is None:
                 return self._died(task, receipt.deaths)
+            self._in_vain = 0
             self._computed(task, receipt.published, receipt.outcome)
             return [receipt.outcome]
         if future.status != "error":
@@ -348,6 +367,14 @@ class _Tasks:
         if _is_killed(error):
             return self._died(task, task.deaths + self._begun().count(number))
         raise _readable(error)
+
+    def _receipt(self, future: Future) -> worker.Receipt:
+        try:
+            receipt: worker.Receipt = future.result()
+        except (CancelledError, OSError):
+            raise self._lost() from None
+        future.release()
+        return receipt
 
     def _computed(self, task: Task, published: Sequence[run.Published], outcome: run.Outcome) -> None:
         for event in published:
@@ -366,6 +393,9 @@ class _Tasks:
         """What is to be done with a task after so many deaths: again, in halves, or no more."""
         if self._stopped:
             return [_nothing(left=len(task.work))]
+        self._in_vain += max(1, deaths - task.deaths)
+        if self._in_vain >= _IN_VAIN:
+            raise PmmError(f"{self._in_vain} workers died one after another and no task was finished; {_WHY}")
         if deaths < task.patience:
             self._submit(replace(task, deaths=deaths))
         elif len(task.work) > 1:
@@ -389,8 +419,11 @@ class _Tasks:
         self._stopped = True
         begun = set(self._begun())
         waiting = [self._open.pop(number) for number in list(self._open) if number not in begun]
-        self.client.log_event(self.job.stop, True)
-        self.client.cancel([future for _, future in waiting])
+        try:
+            self.client.log_event(self.job.stop, True)
+            self.client.cancel([future for _, future in waiting])
+        except OSError:
+            raise self._lost() from None
         self.on_event(Stopping(len(self._open)))
         return [_nothing(left=len(task.work)) for task, _ in waiting]
 
@@ -414,6 +447,12 @@ def _with_gpus(client: Client) -> bool:
     return any(worker.GPU in one["resources"] for one in there)
 
 
+_WHY = (
+    "they may lack the memory for these models or for such batches (--batch-seconds); try it without a "
+    "cluster, or see what they logged"
+)
+
+
 def _is_killed(error: object) -> bool:
     from distributed.scheduler import KilledWorker
 
@@ -428,6 +467,13 @@ def _readable(error: BaseException) -> BaseException:
             f"a worker cannot read its task ({_line(cause)}); install the same pmm and libraries there"
         )
     return error
+
+
+def _none_restarts(client: Client) -> bool:
+    """Whether those who keep the workers that we started have given up: one that dies at once is left."""
+    if client.cluster is None:
+        return False
+    return all(one.status.name in ("closed", "failed") for one in client.cluster.workers.values())
 
 
 class _Idle:
@@ -451,6 +497,8 @@ class _Idle:
         if there:
             self._since, self._next = None, _QUIET_SECONDS
             return
+        if _none_restarts(self.client):
+            raise PmmError(f"all workers died, and none could be started again; {_WHY}")
         self._since = self._since or time.monotonic()
         waited = time.monotonic() - self._since
         if waited >= self._next:

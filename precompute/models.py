@@ -222,8 +222,8 @@ class FrozenModels:
         specs: Mapping[str, FeatureSpec],
         description: Mapping[str, Any],
         label: str,
-        audio: speech.SpeechModel,
-        text: speech.SpeechModel,
+        audio: speech.SpeechModel | speech.PairedModels,
+        text: speech.SpeechModel | speech.PairedModels,
         generator: lips.LipGenerator,
     ):
         self.specs = dict(specs)
@@ -244,8 +244,7 @@ class FrozenModels:
         limit = clock.samples(self.max_batch_seconds, clock.SPEECH_RATE)
         with _exact():
             heard = speech.features(self._audio, waves, limit)
-            one_forward = self._text is self._audio
-            read = heard if one_forward else speech.features(self._text, waves, limit)
+            read = heard if self._text is self._audio else speech.features(self._text, waves, limit)
         return [_pair(one, other) for one, other in zip(heard, read)]
 
     def lips(self, wave: np.ndarray, frame_count: int) -> np.ndarray:
@@ -274,7 +273,7 @@ class FrozenModels:
             return self._generator.paint(latents)
 
 
-def _batch_seconds(*models: speech.SpeechModel) -> int:
+def _batch_seconds(*models: speech.SpeechModel | speech.PairedModels) -> int:
     """Padded seconds of one forward: no more help the speed, and half of what memory is free holds them."""
     from pmm.precompute import memory
 
@@ -331,7 +330,11 @@ def load(models: ModelSet, options: Options = Options(), **choices: Any) -> Froz
         "image": _image_spec(lip_tensors, face, generator.latent_size, options),
     }
     description = _description(models, specs, options, str(where))
-    return FrozenModels(specs, description, label(models), audio, text, generator)
+    name = label(models)
+    if text is not audio and speech.PairedModels.fit(audio, text):
+        pair = speech.PairedModels(audio, text)
+        return FrozenModels(specs, description, name, pair, pair, generator)
+    return FrozenModels(specs, description, name, audio, text, generator)
 
 
 def label(models: ModelSet) -> str:

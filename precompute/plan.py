@@ -204,9 +204,15 @@ def failed_before(failures: Sequence[Failure]) -> Callable[[Source], bool]:
 
 
 def clip_bytes(item: Work, specs: Mapping[str, FeatureSpec]) -> int:
-    """Memory that one clip takes: what the models hear (float32), and its rows until they are published."""
-    heard = clock.resampled(item.clip.samples, item.clip.rate) * ITEM_BYTES["float32"]
-    return heard + sum(_rows_of(item, m) * row_bytes(specs[m], item.clip) for m in specs if _rows_of(item, m))
+    """Memory that one clip takes at most, measured: its sound, what its spectrogram is made of, its rows.
+
+    Sound is float32, twice where it is normalised; for the lips three copies in float64 come and go, and
+    their frames are gathered into one array from parts.
+    """
+    samples = clock.resampled(item.clip.samples, item.clip.rate)
+    rows = {m: _rows_of(item, m) * row_bytes(spec, item.clip) for m, spec in specs.items()}
+    lips = rows.get("image", 0)
+    return samples * (2 * 4 + (3 * 8 if lips else 0)) + sum(rows.values()) + lips
 
 
 def _work(group: Sequence[Source], missing: Mapping[str, set[str]]) -> Work:

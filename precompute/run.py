@@ -414,7 +414,7 @@ class _Run:
         self.failures: list[Failure] = []
         self.clips = 0
         self.clipped = self.dropped = 0
-        self._to_come = len(plan.work)
+        self._work, self._through = plan.work, set[str]()
         self._told = 0
         self._known_failures = frozenset(store.failures())
         self._meter = Meter()
@@ -424,9 +424,13 @@ class _Run:
         self._disk = Behind(limits.waiting_bytes, self._meter, self.outbox.tick)
 
     def outcome(self) -> Outcome:
-        box, left = self.outbox, self._to_come if self.stopping() else 0
+        box = self.outbox
+        left = sum(map(self._not_come_to, self._work)) if self.stopping() else 0
         made = (self.clips, box.rows, box.fragments, box.bytes, tuple(self.failures))
         return Outcome(*made, self.clipped, self.dropped, left, self._meter.pace)
+
+    def _not_come_to(self, item: Work) -> bool:
+        return item.clip.id not in self._through and self._still_missing(item) is not None
 
     def all(self, work: Sequence[Work]) -> list[Work]:
         """Computes ``work`` and has it published, except what another run is at; returns that."""
@@ -439,7 +443,7 @@ class _Run:
                     return []
                 self.batch(batch, heard)
                 self._tell()
-                self._to_come -= len(batch)
+                self._through.update(item.clip.id for item in batch)
                 self.on_event(BatchDone(self._meter.pace))
         self._disk.do(self.outbox.flush)
         return left
@@ -555,7 +559,7 @@ class _Run:
             track = livelink.read_targets(source.target, spec.fps, data=data)
             livelink.check_durations(item.clip, track, source.audio, source.target)
             fragment.check(spec, [(source.take.target, track.values)])
-        except (PmmError, OSError) as error:
+        except Exception as error:  # whatever is wrong with one file, the others go on
             return Failure(item.clip.id, source.take.source, "target", one_line(error))
         return source.take.target, track
 
@@ -623,7 +627,7 @@ class _Run:
 def _try_decode(item: Work) -> np.ndarray | Exception:
     try:
         return media.decode(item.audio, item.clip)
-    except (PmmError, OSError, MemoryError) as error:
+    except Exception as error:  # whatever is wrong with one file, the others go on
         return error
 
 
@@ -637,14 +641,13 @@ def _failure(item: Work, stage: str, error: BaseException) -> Failure:
         reason = (
             f"not enough memory for {item.clip.seconds:.0f} s of audio; give it more, or cut the recording"
         )
-    elif not isinstance(error, PmmError | OSError):  # a message that was not written for users
-        reason = f"{type(error).__name__}: {reason}"
     return Failure(item.clip.id, item.source, stage, reason)
 
 
 def _refuse_lost_device(error: Exception) -> None:
     """After such an error nothing runs on the device any more: no clip is to blame. Raises PmmError."""
-    if "CUDA error" in str(error):
+    message = " ".join(str(error).split())[:200]
+    if "CUDA error" in message:
         raise PmmError(
-            f"the GPU failed ({one_line(error)[:200]}); what was computed is kept: run the same command again"
+            f"the GPU failed ({message}); what was computed is kept: run the same command again"
         ) from error

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pmm import BadInput, NotFound, PmmError
 from pmm.precompute import memory, topk
+from pmm.precompute.extractor import Extractor
 from pmm.precompute.weights import Tensors, canonical, fit, one_line, read_tensors, weights_digest
 from pmm.store import clock
 from pmm.store.digest import strict_json
@@ -307,6 +308,8 @@ class SpeechModel:
         # A group norm spans time: padding would change every step, even under a mask.
         self.can_pad = checkpoint.architecture["feat_extract_norm"] != "group"
         self.model = build(checkpoint, wants_logits).to(device)
+        if self.can_pad and device.type == "cpu":  # with a group norm transformers' own is the faster
+            self.model.wav2vec2.feature_extractor = Extractor(self.model.wav2vec2.feature_extractor, dtype)
         if dtype != torch.float32:
             _store_matrices(self.model, dtype)
         self._block_output: Tensor | None = None
@@ -334,6 +337,12 @@ class SpeechModel:
         What is beyond float16 is infinite. Each of both comes from the device in one copy.
         """
         hidden, logits = self._outputs(waves)
+        return self.cut(waves, hidden, logits)
+
+    def cut(
+        self, waves: Sequence[np.ndarray], hidden: Tensor | None, logits: Tensor | None
+    ) -> list[tuple[np.ndarray | None, np.ndarray | None]]:
+        """Each wave's own steps of hidden states (B, S, D) and logits (B, S, V), as they are stored."""
         with torch.inference_mode():
             half = None if logits is None else logits.half()
             kept = half if half is None or self.text_topk is None else topk.largest(half, self.text_topk)
@@ -343,18 +352,25 @@ class SpeechModel:
         counts = [clock.steps(len(wave)) for wave in waves]
         return [(_row(both[0], i, count), _row(both[1], i, count)) for i, count in enumerate(counts)]
 
-    @torch.inference_mode()
     def _outputs(self, waves: Sequence[np.ndarray]) -> tuple[Tensor | None, Tensor | None]:
         """Hidden states (B, S, D) and logits (B, S, V) of the longest's S, on the device."""
+        return self.run(*self.sent(waves))
+
+    def sent(self, waves: Sequence[np.ndarray]) -> tuple[Tensor, Tensor | None]:
+        """Waves on the device, side by side (B, n), and what of it is sound; None where all is."""
         lengths = torch.tensor([len(wave) for wave in waves])
         batch = torch.zeros(len(waves), int(lengths.max()), pin_memory=self.device.type == "cuda")
         for row, wave in zip(batch, waves):
             row[: len(wave)] = torch.from_numpy(wave)
         mask = (torch.arange(batch.shape[1]) < lengths[:, None]).long()
         padded = bool(lengths.min() < lengths.max())
+        return batch.to(self.device, non_blocking=True), mask.to(self.device) if padded else None
+
+    @torch.inference_mode()
+    def run(self, batch: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The forward of what ``sent`` gives: hidden states (B, S, D) and logits (B, S, V)."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            sent = batch.to(self.device, non_blocking=True)
-            return self._run(sent, mask.to(self.device) if padded else None)
+            return self._run(batch, mask)
 
     def _run(self, batch: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         last = self.model.wav2vec2(batch, attention_mask=mask).last_hidden_state
@@ -362,6 +378,57 @@ class SpeechModel:
         self._block_output = None
         logits = self.model.lm_head(last) if self.wants_logits else None
         return hidden if self.wants_hidden else None, logits
+
+
+class PairedModels:
+    """Hidden states of one model and logits of another whose convolutions are the same, which run once.
+
+    Fine-tuning usually leaves the convolutions over the waveform as they were pre-trained. To
+    ``features`` this is one SpeechModel.
+    """
+
+    def __init__(self, audio: SpeechModel, text: SpeechModel):
+        self.audio, self.text = audio, text
+        self.can_pad, self.do_normalize, self.device = text.can_pad, text.do_normalize, text.device
+        self.max_batch_samples: int | None = None
+        self.bytes_per_second = max(audio.bytes_per_second, text.bytes_per_second)
+        self._shared = _Shared(text.model.wav2vec2.feature_extractor)
+        for one in (audio, text):
+            one.model.wav2vec2.feature_extractor = self._shared
+
+    @staticmethod
+    def fit(audio: SpeechModel, text: SpeechModel) -> bool:
+        """Whether the two can be paired: the same convolutions of the same sound."""
+        same = (audio.do_normalize, audio.dtype) == (text.do_normalize, text.dtype)
+        one, other = (m.model.wav2vec2.feature_extractor.state_dict() for m in (audio, text))
+        return same and one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+    def rows(self, waves: Sequence[np.ndarray]) -> list[tuple[np.ndarray | None, np.ndarray | None]]:
+        """As ``SpeechModel.rows``."""
+        batch, mask = self.text.sent(waves)
+        try:
+            hidden, _ = self.audio.run(batch, mask)
+            _, logits = self.text.run(batch, mask)
+        finally:
+            self._shared.forget()
+        return self.text.cut(waves, hidden, logits)
+
+
+class _Shared(nn.Module):
+    """A module that, asked again about the same tensor, gives what it gave."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+        self.forget()
+
+    def forget(self) -> None:
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._last is None or self._last[0] is not x:
+            self._last = (x, self.inner(x))
+        return self._last[1]
 
 
 def _row(values: np.ndarray | None, row: int, count: int) -> np.ndarray | None:
@@ -425,10 +492,18 @@ def build(checkpoint: Checkpoint, with_logits: bool) -> Any:
     return model.requires_grad_(False).eval()
 
 
+_NORMALISED_AT_ONCE = 1 << 20
+
+
 def normalised(wave: np.ndarray) -> np.ndarray:
     """Zero mean and unit variance over the whole utterance (n,), as wav2vec2's feature extractor does."""
-    wide = wave.astype(np.float64)
-    return ((wide - wide.mean()) / np.sqrt(wide.var() + 1e-7)).astype(np.float32)
+    parts = [slice(start, start + _NORMALISED_AT_ONCE) for start in range(0, len(wave), _NORMALISED_AT_ONCE)]
+    mean = sum(wave[part].sum(dtype=np.float64) for part in parts) / len(wave)
+    variance = sum(np.square(wave[part] - mean).sum() for part in parts) / len(wave)
+    result = np.empty(len(wave), np.float32)
+    for part in parts:  # a recording of hours is not held in float64
+        result[part] = (wave[part] - mean) / np.sqrt(variance + 1e-7)
+    return result
 
 
 # --- clips to features ------------------------------------------------------------------------------------
@@ -439,7 +514,7 @@ Pieces = dict[int, list[tuple[int, np.ndarray | None, np.ndarray | None]]]
 
 
 def features(
-    model: SpeechModel, waves: Sequence[np.ndarray], max_batch_samples: int
+    model: SpeechModel | PairedModels, waves: Sequence[np.ndarray], max_batch_samples: int
 ) -> list[tuple[np.ndarray | None, np.ndarray | None] | PmmError]:
     """Hidden states (S, D) and logits (S, V) as float16 of each 16 kHz wave (n,) float32.
 
@@ -466,7 +541,9 @@ def features(
     return [problem or _joined(pieces[i]) for i, problem in enumerate(problems)]
 
 
-def _heard(model: SpeechModel, batch: list[Span], waves: dict[int, np.ndarray], pieces: Pieces) -> bool:
+def _heard(
+    model: SpeechModel | PairedModels, batch: list[Span], waves: dict[int, np.ndarray], pieces: Pieces
+) -> bool:
     """Whether the memory held a batch; if so, its ``pieces`` are there."""
     try:
         outputs = model.rows([waves[span.clip][span.start : span.end] for span in batch])
@@ -486,7 +563,7 @@ def _heard(model: SpeechModel, batch: list[Span], waves: dict[int, np.ndarray], 
     return True
 
 
-def _too_large(model: SpeechModel, span: Span) -> PmmError:
+def _too_large(model: SpeechModel | PairedModels, span: Span) -> PmmError:
     seconds = clock.seconds(span.samples, clock.SPEECH_RATE)
     return PmmError(f"not enough memory for {seconds:.1f} s of audio at a time ({model.device})")
 

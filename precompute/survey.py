@@ -167,7 +167,7 @@ def _probe(asked: _Asked) -> Named | Failure:
         if asked.target or recording.target is None:
             return clip, asked.target
         return clip, target_id(clip, read_bytes(recording.target))
-    except (PmmError, OSError) as error:
+    except Exception as error:  # whatever a library makes of a damaged file: the others go on
         return Failure(file_key(recording.audio), recording.name, "probe", one_line(error))
 
 
@@ -202,4 +202,8 @@ def file_key(path: Path) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """The message; before one that was not written for users, the kind of error."""
+    message = " ".join(str(error).split())
+    if isinstance(error, PmmError | OSError) and message:
+        return message
+    return f"{type(error).__name__}: {message}".removesuffix(": ")

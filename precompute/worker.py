@@ -9,7 +9,6 @@ from __future__ import annotations
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -104,7 +103,6 @@ class Receipt:
     outcome: run.Outcome | None
     published: tuple[run.Published, ...] = ()
     deaths: int = 0
-    seconds: float = 0.0
 
 
 def dask_setup(worker: Any) -> None:
@@ -127,10 +125,12 @@ def compute(job: Job, number: int, task: Task) -> Receipt:
     with _one_at_a_time:
         try:
             _check_version(job)
+            _check_sight(task)
+            store, models = _store(job), _models(job)  # who dies of these does not die of the task
             deaths = task.deaths + _begin(job, number)
             if deaths >= task.patience:
                 return Receipt(None, deaths=deaths)
-            return _computed(job, task, here)
+            return _computed(job, task, store, models, here)
         except PmmError as error:
             name = f"worker {here.address} on {socket.gethostname()}"
             raise type(error)(f"{name}: {error}") from None
@@ -146,8 +146,7 @@ def _begin(job: Job, number: int) -> int:
     return before
 
 
-def _computed(job: Job, task: Task, here: Any) -> Receipt:
-    began = time.monotonic()
+def _computed(job: Job, task: Task, store: Store, models: FrozenModels | None, here: Any) -> Receipt:
     published: list[run.Published] = []
 
     def on_event(event: run.Event) -> None:
@@ -156,12 +155,11 @@ def _computed(job: Job, task: Task, here: Any) -> Receipt:
         elif isinstance(event, run.ClipDone) and not event.failures:
             here.log_event(job.clips, event.clip)
 
-    _check_sight(task)
     plan = replace(job.plan, clips=len(task.work), seconds=task.seconds, work=task.work)
     outcome = run.execute(
-        plan, _store(job), _models(job), (), job.limits, on_event, lambda: _is_told_to_stop(job), job.name
+        plan, store, models, (), job.limits, on_event, lambda: _is_told_to_stop(job), job.name
     )
-    return Receipt(outcome, tuple(published), task.deaths, time.monotonic() - began)
+    return Receipt(outcome, tuple(published))
 
 
 def _is_told_to_stop(job: Job) -> bool:

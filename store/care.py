@@ -325,6 +325,7 @@ def _feature(store: Store, name: str, found: Iterable[Fragment]) -> dict[str, An
         "spec": name,
         "modality": spec.modality,
         "algorithm": spec.algorithm,
+        "form": _form(spec),
         "dtype": spec.dtype,
         "shape": list(spec.shape),
         "fps": spec.fps,
@@ -337,6 +338,18 @@ def _feature(store: Store, name: str, found: Iterable[Fragment]) -> dict[str, An
         "last_written": mine[-1].created if mine else "",
         "writers": sorted(writers),
     }
+
+
+def _form(spec: FeatureSpec) -> str:
+    """What sets this feature apart from its fullest form, for people: ``32 largest of 3503, bf16``."""
+    settings, parts = spec.settings, []
+    if "kept" in settings:
+        parts.append(f"{settings['kept']} largest of {settings.get('vocabulary_size', '?')}")
+    if "latent" in spec.algorithm:
+        parts.append("latent")
+    if settings.get("precision", "fp32") != "fp32":
+        parts.append(str(settings["precision"]))
+    return ", ".join(parts)
 
 
 def _dataset(name: str, takes: Iterable[Any]) -> dict[str, Any]:

@@ -129,3 +129,31 @@ def test_two_processes_share_a_dataset(captures, pmm_process, tmp_path):
     assert 16 <= written < 24, f"{written} rows were computed where 16 are needed"
     assert verify(found).clean
     assert drafts(found) == []
+
+
+def test_who_is_stopped_does_not_count_as_left_what_others_did(captures, store):
+    seen, _ = run(captures, store)
+    fresh = Store.create(store.path.parent / "other")
+    clips = [item.clip.id for item in seen.work]
+    plant(fresh, "0" * 32, clips[2:3], specs=sorted(store.specs))
+    done = []
+
+    def another_publishes_the_third(event):
+        if type(event).__name__ == "ClipDone":
+            done.append(event.clip)
+            if len(done) == 2:
+                for one in store.fragments():
+                    own = [row for row in one.row_ids if row == clips[2]]
+                    own += [s.take.target for s in seen.sources if s.take.clip.id == clips[2]]
+                    rows = [(row, store.read(one.spec_id, row)) for row in own if row in one.row_ids]
+                    fresh.publish(store.specs[one.spec_id], rows, {})
+
+    _, outcome = precompute(
+        [captures],
+        fresh.path,
+        models.resolve("tiny"),
+        limits=Limits(1.0),
+        on_event=another_publishes_the_third,
+        stopping=lambda: len(done) >= 2,
+    )
+    assert (done, outcome.clips, outcome.left) == (clips[:2], 2, 1)

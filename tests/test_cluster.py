@@ -18,6 +18,7 @@ import dask
 import numpy as np
 import pytest
 
+from pmm.precompute import cluster
 from pmm.precompute.claims import Claims
 from pmm.precompute.plan import Plan, Share, Work
 from pmm.precompute.run import Limits
@@ -136,6 +137,11 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
         write_take(
             root / "corpus", f"s{number % 3}", f"take_{number}", 0.7 + 0.05 * (7 * number % TAKES), number
         )
+    return run_alone(root)
+
+
+def run_alone(root: Path) -> Reference:
+    """What a process of its own, without a cluster, makes of ``corpus`` in ``root``."""
     program = (
         "import sys; from pmm.cli import main\n"
         "try: main(sys.argv[1:])\n"
@@ -220,10 +226,10 @@ def test_two_local_workers_give_what_one_process_gives(
 def test_a_killed_worker_loses_its_task_and_nothing_else(
     pmm: Run, pmm_process: Run, clusters: Cluster, reference: Reference, tmp_path: Path
 ) -> None:
-    cluster, store = clusters.with_workers(2), tmp_path / "store"
-    victim = cluster.workers[0]
+    running, store = clusters.with_workers(2), tmp_path / "store"
+    victim = running.workers[0]
     process = pmm_process(
-        "precompute", reference.corpus, "--store", store, *SMALL, "--scheduler", cluster.address
+        "precompute", reference.corpus, "--store", store, *SMALL, "--scheduler", running.address
     )
     until(lambda: (len(records(store)) >= 4 and victim.pid in at_work(store)) or process.poll() is not None)
     victim.kill()
@@ -238,10 +244,10 @@ def test_a_killed_worker_loses_its_task_and_nothing_else(
 
 
 def test_a_clip_that_workers_die_of_is_set_aside(pmm: Run, clusters: Cluster, tmp_path: Path) -> None:
-    cluster, store, corpus = clusters.with_workers(DEATHS + 3), tmp_path / "store", tmp_path / "corpus"
+    running, store, corpus = clusters.with_workers(DEATHS + 3), tmp_path / "store", tmp_path / "corpus"
     for number, subject in enumerate((DEADLY, "ada", "bob")):  # the shortest, so that its half is itself
         write_take(corpus, subject, "take", 0.8 + 0.1 * number, number)
-    done = pmm("precompute", corpus, "--store", store, "--scheduler", cluster.address, "--json")
+    done = pmm("precompute", corpus, "--store", store, "--scheduler", running.address, "--json")
     assert done.code == 3, done.err
     assert "Traceback" not in done.err
     (failure,) = json.loads(done.out)["outcome"]["failures"]
@@ -254,25 +260,25 @@ def test_a_clip_that_workers_die_of_is_set_aside(pmm: Run, clusters: Cluster, tm
     (durable,) = Store.open(store).open_failures()
     assert durable.reason == failure["reason"]
     assert sorted(published(Store.open(store)).values()) == [1] * 8
-    assert sum(one.poll() is not None for one in cluster.workers) == 4
+    assert sum(one.poll() is not None for one in running.workers) == 4
 
 
 def test_a_lost_scheduler_is_one_line_and_a_rerun_completes(
     pmm: Run, pmm_process: Run, clusters: Cluster, reference: Reference, tmp_path: Path
 ) -> None:
-    cluster, store = clusters.with_workers(1), tmp_path / "store"
+    running, store = clusters.with_workers(1), tmp_path / "store"
     process = pmm_process(
-        "precompute", reference.corpus, "--store", store, *SMALL, "--scheduler", cluster.address
+        "precompute", reference.corpus, "--store", store, *SMALL, "--scheduler", running.address
     )
     until(lambda: len(records(store)) >= 4 or process.poll() is not None)
-    assert cluster.scheduler is not None
-    cluster.scheduler.kill()
-    cluster.scheduler.wait()
+    assert running.scheduler is not None
+    running.scheduler.kill()
+    running.scheduler.wait()
     assert process.poll() is None
     done = done_of(process)
     assert done.code == 1
-    assert done.complaint.startswith(f"lost the scheduler at {cluster.address}; all that was published is in")
-    cluster.end()
+    assert done.complaint.startswith(f"lost the scheduler at {running.address}; all that was published is in")
+    running.end()
     assert pmm("store", "verify", store).code == 0
     kept = published(Store.open(store))
     assert 0 < len(kept) < 4 * TAKES
@@ -281,9 +287,9 @@ def test_a_lost_scheduler_is_one_line_and_a_rerun_completes(
 
 
 def test_a_worker_without_the_models_says_so(pmm_process: Run, tmp_path: Path, reference: Reference) -> None:
-    cluster, face = Cluster(tmp_path), tmp_path / "face.png"
+    running, face = Cluster(tmp_path), tmp_path / "face.png"
     write_face(face)
-    cluster.begin()
+    running.begin()
     try:
         process = pmm_process(
             "precompute",
@@ -293,15 +299,15 @@ def test_a_worker_without_the_models_says_so(pmm_process: Run, tmp_path: Path, r
             "--face",
             face,
             "--scheduler",
-            cluster.address,
+            running.address,
         )
         lines = iter(process.stderr.readline, "")
         assert any(line.startswith("cluster   0 workers at tcp://") for line in lines)
         face.unlink()  # as on another machine
-        cluster.with_workers(1)
+        running.with_workers(1)
         done = done_of(process)
     finally:
-        cluster.end()
+        running.end()
     assert done.code == 1
     assert done.complaint.startswith("worker tcp://127.0.0.1:")
     assert str(face) in done.complaint
@@ -352,6 +358,22 @@ def test_partners_do_not_wait_for_each_other_and_strangers_do(tmp_path: Path) ->
     assert Claims(store, ["spec"], "us").take(names) == set(names)
     assert Claims(store, ["spec"], "others").take(names) == set()
     assert Claims(store, ["spec"]).taken() == set(names)
+
+
+def test_local_workers_share_out_processors_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as that goes without a GPU: what each is told to see."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("dask.system.CPU_COUNT", 16)
+    assert [cluster._worker_options(one)["env"]["OMP_NUM_THREADS"] for one in cluster._places(3, "cpu")] == [
+        "5"
+    ] * 3
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [one.gpu for one in cluster._places(3, "auto")] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    options = [cluster._worker_options(one) for one in cluster._places(2, "cuda")]
+    assert [one["env"]["CUDA_VISIBLE_DEVICES"] for one in options] == ["5", "7"]
+    assert [one["resources"] for one in options] == [{"GPU": 1}] * 2
 
 
 # ---------------------------------------------------------------- tasks, which are pure

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pmm import BadInput, NotFound
+from pmm import BadInput, NotFound, PmmError
 from pmm.precompute import face, lips, mel, standin
 from pmm.precompute.weights import read_tensors, weights_digest
 from pmm.store import clock
@@ -95,19 +95,46 @@ def test_windows_start_where_the_published_script_starts_them(
     assert set(ours[len(published) :].tolist()) <= {published[-1]}  # the frames the script loses
 
 
-def test_frames_are_the_published_frames(vectors: dict[str, np.ndarray]) -> None:
+@pytest.fixture(scope="module")
+def published() -> lips.Wav2Lip:
     tensors = {name: filled(name, shape) for name, shape in published_shapes().items()}
-    network = lips.network_for(tensors, "the reference weights")
+    return lips.network_for(tensors, "the reference weights")
+
+
+def test_frames_are_the_published_frames(vectors: dict[str, np.ndarray], published: lips.Wav2Lip) -> None:
+    network = published
     wave = vectors["pcm"].astype(np.float32) / 32768
     windows = lips.mel_windows(wave, 60, 30)[vectors["selected_frames"]]
     inputs = torch.from_numpy(windows)[:, None], lips.face_input(vectors["face_bgr"][:, :, ::-1])
-    published = vectors["frames_bgr"]
+    expected = vectors["frames_bgr"]
     with torch.inference_mode():
         ours = network(*inputs).numpy()
         folded = lips.folded(network)(*inputs).numpy()
-    assert np.abs(ours - published).max() < 1e-5
-    assert np.abs(folded - published).max() < 1e-5
-    assert published.std(axis=0).max() > 1e-4  # a still picture would not pass
+    assert np.abs(ours - expected).max() < 1e-5
+    assert np.abs(folded - expected).max() < 1e-5
+    assert expected.std(axis=0).max() > 1e-4  # a still picture would not pass
+
+
+def test_the_fast_path_paints_the_published_frames(
+    vectors: dict[str, np.ndarray], published: lips.Wav2Lip
+) -> None:
+    """1e-5 in float32; in bfloat16 half a grey level, and the frames' own movement is twice that."""
+    wave = vectors["pcm"].astype(np.float32) / 32768
+    chosen = vectors["selected_frames"][:3]
+    windows = torch.from_numpy(lips.mel_windows(wave, 60, 30)[chosen])[:, None]
+    expected = vectors["frames_bgr"][:3]
+    pixels = np.rint(expected[:, ::-1].transpose(0, 2, 3, 1) * 255).astype(int)
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.5 / 255)):
+        fast = lips.LipGenerator(published, vectors["face_bgr"][:, :, ::-1], 30, CPU, dtype)
+        with torch.inference_mode():
+            image = fast.painter(fast.encoder(windows)).numpy()
+        assert np.abs(image - expected).max() < bound
+        fast.micro_batch = 3
+        with torch.inference_mode():
+            latents = fast.encoder(windows)[:, :, 0, 0].numpy()
+        assert np.abs(fast.paint(latents) - pixels).max() <= 1
+        assert np.abs(fast.paint(latents.astype(np.float16)) - pixels).max() <= 1
+    assert np.ptp(expected, axis=0).max() > 1 / 255
 
 
 # --- checkpoints of strangers -----------------------------------------------------------------------------
@@ -223,6 +250,69 @@ def test_a_frame_has_the_same_bits_alone_and_among_others(
     many = tiny.frames(speech, count)
     np.testing.assert_array_equal(many, tiny.frames(speech, count))
     np.testing.assert_array_equal(many[:7], tiny.frames(speech, 7))
+
+
+def test_latents_are_painted_to_the_very_frames(tiny: lips.LipGenerator, speech: np.ndarray) -> None:
+    count = tiny.micro_batch + 5
+    frames, latents = tiny.frames(speech, count), tiny.latents(speech, count)
+    assert (latents.shape, latents.dtype) == ((count, 32 * standin.LIPS_BASE), np.float32)
+    np.testing.assert_array_equal(tiny.paint(latents), frames)
+    np.testing.assert_array_equal(tiny.paint(latents[:7]), frames[:7])
+    apart = np.abs(tiny.paint(latents.astype(np.float16)).astype(int) - frames)
+    assert apart.max() <= 1
+    with pytest.raises(BadInput) as caught:
+        tiny.paint(latents[:, 1:])
+    assert str(caught.value) == "latents of shape (21, 63); this lip generator paints (T, 64)"
+
+
+def test_latents_do_not_depend_on_the_face_or_the_precision(
+    tiny: lips.LipGenerator, speech: np.ndarray
+) -> None:
+    network = lips.network_for(standin.lips_tensors(), "the stand-in")
+    other = lips.LipGenerator(network, face.drawn_face()[::-1], 30, CPU, torch.bfloat16)
+    np.testing.assert_array_equal(other.latents(speech, 20), tiny.latents(speech, 20))
+    assert (other.frames(speech, 20) != tiny.frames(speech, 20)).any()
+
+
+def test_the_painter_is_the_network_for_every_face(speech: np.ndarray) -> None:
+    """Untrained filters amplify rounding, hence 1e-4; see the published frames for 1e-5."""
+    network = lips.network_for(standin.lips_tensors(), "the stand-in")
+    windows = torch.from_numpy(lips.mel_windows(speech, 90, 30)[::10])[:, None]
+    for image in (face.drawn_face(), np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)):
+        generator = lips.LipGenerator(network, image, 30, CPU)
+        with torch.inference_mode():
+            expected = network(windows, lips.face_input(image).expand(len(windows), -1, -1, -1))
+            fast = generator.painter(generator.encoder(windows))
+        assert (fast - expected).abs().max() < 1e-4
+        assert expected.std(dim=0).max() > 0.05
+
+
+def test_out_of_memory_halves_the_micro_batch(speech: np.ndarray) -> None:
+    network = lips.network_for(standin.lips_tensors(), "the stand-in")
+    generator = lips.LipGenerator(network, face.drawn_face(), 30, CPU)
+    frames = generator.frames(speech, 20)
+    room = 5
+
+    def limited(painter: object, inputs: tuple[torch.Tensor]) -> None:
+        if len(inputs[0]) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    generator.painter.register_forward_pre_hook(limited)
+    assert np.abs(generator.frames(speech, 20).astype(int) - frames).max() <= 1
+    assert generator.micro_batch == 4
+    room = 0
+    with pytest.raises(PmmError) as caught:
+        generator.frames(speech, 20)
+    assert str(caught.value) == "not enough memory for one lip frame at a time (cpu)"
+
+
+def test_frames_that_are_no_numbers_are_refused(speech: np.ndarray) -> None:
+    tensors = standin.lips_tensors()
+    tensors["output_block.1.bias"] = torch.tensor([0.0, torch.nan, 0.0])
+    generator = lips.LipGenerator(lips.network_for(tensors, "x"), face.drawn_face(), 30, CPU)
+    with pytest.raises(BadInput) as caught:
+        generator.frames(speech, 3)
+    assert str(caught.value) == "the lip generator gives values that are not numbers"
 
 
 def test_frames_are_rgb(speech: np.ndarray) -> None:

@@ -311,3 +311,28 @@ def test_lower_precision_runs_and_stays_close(tiny: FrozenModels, sound: np.ndar
     assert 0 < error < 0.1
     apart = np.abs(tiny.lips(sound, 5).astype(int) - half.lips(sound, 5).astype(int)).mean()
     assert 0 < apart < 10
+
+
+def test_convolutions_that_two_models_share_run_once(sound: np.ndarray, tmp_path: Path) -> None:
+    """Another text model on the same convolutions, as fine-tuning leaves them: the features of both alone."""
+    checkpoint = standin.speech_checkpoint()
+    tuned = {k: v if "feature_extractor" in k else 0.9 * v for k, v in checkpoint.tensors.items()}
+    text = save_speech(tmp_path / "text")
+    save_file(tuned, text / "model.safetensors")
+    pair = load(replace(TINY, text_model=str(text)), text_topk=5)
+    extractor = pair._text.text.model.wav2vec2.feature_extractor
+    calls: list[int] = []
+    extractor.inner.register_forward_hook(lambda *_: calls.append(1))
+    waves = [sound, sound[:9000]]
+    both = pair.speech(waves)
+    assert len(calls) == 1
+    audio_alone, text_alone = (
+        speech.SpeechModel(one, layer, True, True, torch.device("cpu"), text_topk=5)
+        for one, layer in ((checkpoint, 2), (speech.read_checkpoint(str(text)), None))
+    )
+    for ours, one, other in zip(
+        both, speech.features(audio_alone, waves, 10**6), speech.features(text_alone, waves, 10**6)
+    ):
+        assert isinstance(ours, Speech)
+        np.testing.assert_array_equal(ours.audio, one[0])
+        np.testing.assert_array_equal(ours.text, other[1])

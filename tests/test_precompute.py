@@ -409,6 +409,103 @@ def test_an_interrupt_in_the_middle_publishes_the_clips_that_are_done(captures: 
     assert sorted(published(tmp_path / "store").values()) == [1, 1, 1, 1]  # one clip, four features
 
 
+def test_the_plan_says_what_it_will_take(pmm: Run, captures: Path, tmp_path: Path) -> None:
+    done = pmm("precompute", captures, "--store", tmp_path / "store", "--dry-run", "--json")
+    told = json.loads(done.out)["plan"]
+    forecast = told["forecast"]
+    assert told["bytes"] < forecast["disk"] < told["bytes"] + 16 * 1000
+    assert abs(forecast["free_disk"] - shutil.disk_usage(tmp_path).free) < 1 << 30
+    assert 0 < forecast["seconds"] < 600
+    assert forecast["memory"] > max(told["features"]["image"]["bytes"] // 4, 1)
+    assert "needs     disk " in done.err
+    assert "4 clips, 0:00:06; about 0:00:" in done.err
+
+
+def test_features_and_clips_are_chosen(pmm: Run, captures: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+
+    def rows() -> dict[str, int]:
+        opened = Store.open(store)
+        return {spec.modality: len(opened.rows(name)) for name, spec in opened.specs.items()}
+
+    assert precompute(pmm, captures, store, "--only", "targets")["plan"]["features"].keys() == {"target"}
+    assert rows() == {"target": 4}
+    precompute(pmm, captures, store, "--only", "audio, text", "--limit", 3)
+    assert rows() == {"target": 4, "audio": 3, "text": 3}
+    report = precompute(pmm, captures, store, "--limit", 1)
+    assert report["plan"]["clips_left_out"] == 3
+    assert len(Store.open(store).takes()) == 4  # all are listed, whatever was computed of them
+    precompute(pmm, captures, store)
+    assert rows() == {"target": 4, "audio": 4, "text": 4, "image": 4}
+    for wrong in ("smell", "", "audio,,smell"):
+        done = pmm("precompute", captures, "--store", store, "--only", wrong)
+        assert (done.code, "expected some of audio, text, image, targets" in done.complaint) == (2, True)
+
+
+def test_other_forms_of_the_features_are_other_features(pmm: Run, captures: Path, filled: Path) -> None:
+    smaller = ("--text-topk", 8, "--lip-features", "latent", "--only", "text,image")
+    assert missing(precompute(pmm, captures, filled, *smaller)) == {"text": 4, "image": 4}
+    assert missing(precompute(pmm, captures, filled, *smaller)) == {"text": 0, "image": 0}
+    rough = ("--precision", "bf16", "--only", "audio,targets", "--dry-run")
+    assert missing(precompute(pmm, captures, filled, *rough)) == {"audio": 4, "target": 0}
+    told = pmm("store", "info", filled).out
+    assert "tiny (untrained stand-in): 8 largest of 54; last" in told
+    assert "tiny (untrained stand-in): latent; last" in told
+    assert pmm("store", "verify", filled).code == 0
+
+
+def test_timing_changes_no_bit(captures: Path, tmp_path: Path) -> None:
+    """One thread or four before the models, a byte or all the room behind them, a slow reader of events."""
+    from pmm.precompute.models import resolve
+    from pmm.precompute.run import Limits
+    from pmm.precompute.run import precompute as run
+
+    def digests(store: Path, limits: Limits, pause: float) -> dict[str, dict[str, bytes]]:
+        run([captures], store, resolve("tiny"), limits=limits, on_event=lambda _: time.sleep(pause))
+        opened = Store.open(store)
+        return {n: {row: opened.read(n, row).tobytes() for row in opened.rows(n)} for n in opened.specs}
+
+    tight = digests(
+        tmp_path / "tight", Limits(3.0, 1 << 20, decoded_bytes=1, waiting_bytes=1, decoders=1), 0.02
+    )
+    roomy = digests(tmp_path / "roomy", Limits(3.0, decoders=4), 0.0)
+    assert tight == roomy
+
+
+def test_the_stage_that_holds_a_run_up_is_named(
+    captures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow disk, and slow files: as real ones, but for the pauses."""
+    from pmm.precompute import media
+    from pmm.precompute.models import resolve
+    from pmm.precompute.run import BatchDone, Limits
+    from pmm.precompute.run import precompute as run
+    from pmm.store.medium import LocalMedium
+
+    def paced(name: str, limits: Limits) -> Any:
+        """Of the four batches, before what is left is published."""
+        events: list[object] = []
+        _, outcome = run([captures], tmp_path / name, resolve("tiny"), limits=limits, on_event=events.append)
+        assert outcome is not None
+        assert outcome.pace.audio == pytest.approx(6.05)
+        _, _, _, last = [event.pace for event in events if isinstance(event, BatchDone)]
+        return last
+
+    decode = media.decode
+    monkeypatch.setattr(media, "decode", lambda *args: time.sleep(0.6) or decode(*args))
+    assert paced("files", Limits(1.0, decoders=1)).bottleneck == "decode"
+    monkeypatch.undo()
+
+    def before(operation: str, key: str) -> None:
+        if operation == "fsync" and key.endswith("values"):
+            time.sleep(0.15)
+
+    monkeypatch.setattr(LocalMedium.__init__, "__defaults__", (before, None))
+    pace = paced("disk", Limits(1.0, fragment_bytes=1, waiting_bytes=1))
+    assert pace.bottleneck == "disk"
+    assert pace.disk >= 12 * 0.15
+
+
 def test_a_lost_spec_file_is_written_again(pmm: Run, captures: Path, filled: Path) -> None:
     lost = next(filled.glob("specs/*.json"))
     kept = lost.read_bytes()

@@ -323,7 +323,7 @@ class ImageEncoder(nn.Module):
 
 
 class LatentEncoder(nn.Module):
-    """``I = psi_IE(V)`` of latents that lip frames are painted from: a Linear, then transformer layers.
+    """``I = psi_IE(V)`` of what lip frames are painted from: a Linear, then causal transformer layers.
 
     Latents are read as ``(latent - mean) / scale``, both measured on the training frames.
     """

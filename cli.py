@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -37,7 +37,12 @@ if TYPE_CHECKING:
     from pmm.store.care import Repaired
     from pmm.store.catalog import Store
     from pmm.store.share import Shared
+    from pmm.train.ablate import Ablation
     from pmm.train.evaluate import Scores
+    from pmm.train.importance import Importance
+    from pmm.train.options import FitOptions
+    from pmm.train.run import Result
+    from pmm.train.runs import Comparison
 
 FAILED_CLIPS = 3
 INTERRUPTED = 130
@@ -196,6 +201,12 @@ def _print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def _some(names: Sequence[str], most: int = 12) -> str:
+    """How many names, and the first of them."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)}: {', '.join(names[:most])}{more}"
+
+
 def _duration(seconds: float) -> str:
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
@@ -350,7 +361,7 @@ def precompute(
         "options": Options(fps, device, precision, text_topk, lip_features),
     }
     limits = Limits(batch_seconds, round(fragment_mb * 1e6))
-    with _bar("clip", "reading") as bar, _Interrupts() as interrupts:
+    with _bar("clip", "reading") as bar, _Interrupts(*_PRECOMPUTE_STOPS) as interrupts:
         progress = _PrecomputeProgress(bar, interrupts, shared=bool(workers or scheduler))
         told: dict[str, Any] = {"limits": limits, "on_event": progress, "stopping": interrupts.asked}
         plan, outcome = run_precompute(
@@ -407,12 +418,13 @@ def _modalities(only: str | None) -> frozenset[str]:
 
 
 class _Interrupts:
-    """Ctrl-C while clips are computed: once asks for a stop, twice is one.
+    """Ctrl-C while a long work is under way: once asks for a stop and says ``first``, twice is one.
 
     Before ``arm`` it is as everywhere: it stops the command.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first: str, second: str) -> None:
+        self._first, self._second = first, second
         self._asked = False
         self._before: Any = None
 
@@ -427,17 +439,21 @@ class _Interrupts:
         return self._asked
 
     def arm(self) -> None:
-        if threading.current_thread() is threading.main_thread():
+        if self._before is None and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._on_signal)
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self._asked:
-            text = "\npmm: stopped at once; what was published is kept: run the same command again to go on\n"
-            os.write(2, text.encode())
-            os._exit(INTERRUPTED)  # the store is made for it: nothing half-written is ever visible
+            os.write(2, f"\npmm: {self._second}\n".encode())
+            os._exit(INTERRUPTED)  # stores and runs are made for it: nothing half-written is ever visible
         self._asked = True
-        text = "stopping after this batch, to publish what is computed; Ctrl-C again stops at once"
-        os.write(2, f"\npmm: {text}\n".encode())
+        os.write(2, f"\npmm: {self._first}\n".encode())
+
+
+_PRECOMPUTE_STOPS = (
+    "stopping after this batch, to publish what is computed; Ctrl-C again stops at once",
+    "stopped at once; what was published is kept: run the same command again to go on",
+)
 
 
 class _PrecomputeProgress:
@@ -582,7 +598,13 @@ def _report(
 @pmm.command()
 @click.argument("store_path", metavar="STORE", type=STORE)
 @click.option("--run", "run_path", required=True, type=PATH, help="A new folder for the run.")
-@click.option("--preset", type=click.Choice(["fast", "paper"]), default="fast", show_default=True)
+@click.option(
+    "--preset",
+    type=click.Choice(["fast", "paper", "smoke"]),
+    default="fast",
+    show_default=True,
+    help="smoke: seconds, to see whether everything works.",
+)
 @click.option("--rig", type=click.Choice(["lip32", "arkit52"]), default="lip32", show_default=True)
 @_fps
 @click.option("--epochs", type=click.IntRange(1), help="[default: the preset's]")
@@ -597,6 +619,11 @@ def _report(
 @click.option("--max-context", type=click.IntRange(1), help="Frames of the past attention sees.")
 @click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), help="[default: 0.1]")
 @click.option("--window", type=click.FloatRange(1), help="Seconds read of longer takes.  [default: 20]")
+@click.option(
+    "--patience",
+    type=click.IntRange(0),
+    help="Stop after so many epochs without a better one; 0: never.  [default: the preset's]",
+)
 @click.option("--decoder-input", type=click.Choice(["aligned", "separate"]), help="[default: aligned]")
 @click.option("--loss-reduction", type=click.Choice(["sum", "mean"]), help="[default: sum]")
 @click.option(
@@ -605,20 +632,54 @@ def _report(
     type=click.Choice(["text", "audio", "image", "temporal", "semantic", "motion"]),
     help="Leave out a modality or a loss; may be repeated.",
 )
-@click.option("--protocol", type=click.Choice(["cross-subject"]), help="[default: cross-subject]")
+@click.option(
+    "--protocol",
+    type=click.Choice(
+        ["cross-subject", "cross-gender", "leave-one-subject-out", "vocaset", "manifest", "single"]
+    ),
+    help="Who trains, validates and is tested.  [default: cross-subject]",
+)
+@click.option("--test-subject", metavar="NAME", help="Who is left out, under leave-one-subject-out.")
+@click.option("--split-seed", type=click.IntRange(0), help="Draws the split.  [default: what --seed is]")
+@click.option("--subjects", metavar="LIST", help="Only these, comma-separated.  [default: everybody]")
 @click.option(
     "--features", multiple=True, metavar="MODALITY=ID", help="Which features, where a store has several."
 )
 @click.option("--snapshot", metavar="NAME", help="Read exactly this snapshot of the store, or fail.")
+@click.option(
+    "--init", type=PATH, metavar="RUN", help="Begin with the heads of this run: a new person's style."
+)
+@click.option(
+    "--freeze",
+    metavar="LIST",
+    help="With --init, what stays as it is: of image, projections, styles, decoder, output.",
+)
 @_seed
 @_device
-@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+@click.option(
+    "--cache",
+    type=click.Choice(["auto", "device", "ram", "mmap"]),
+    default="auto",
+    show_default=True,
+    help="Where features lie meanwhile; mmap: in the store, for more of them than memory.",
+)
+@click.option("--seeds", type=click.IntRange(1), help="Fit with so many seeds, into folders of --run.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=A,B",
+    help="Fit with each value of an option, into folders of --run; several make a grid.",
+)
+@click.option("--resume", is_flag=True, help="Go on with what was interrupted.")
 @_reading_options
 @_json
 def fit(
     store_path: Path | str,
     run_path: Path,
     features: tuple[str, ...],
+    seeds: int | None,
+    settings: tuple[str, ...],
     resume: bool,
     cache_dir: Path | None,
     cache_gb: float | None,
@@ -626,25 +687,69 @@ def fit(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Fit the alignment and decoder heads on the tensors cached in STORE."""
+    """Fit the alignment and decoder heads on the tensors cached in STORE.
+
+    Interrupt it (Ctrl-C) and it keeps the heads after the step under way; --resume goes on from there, to
+    the same result. With --seeds or --set several runs are fitted over one corpus, which is loaded once.
+    """
     from pmm.store.cache import Cache
     from pmm.store.catalog import Store
-    from pmm.train.run import FitOptions
     from pmm.train.run import fit as run_fit
+    from pmm.train.sweep import sweep
 
-    chosen = dict(_pair(text) for text in features)
-    given = {key: value for key, value in options.items() if value is not None}
+    asked = _fit_options(features, **options)
     store = Store.open(store_path, Cache.default(cache_dir, cache_gb), safe_read or None)
-    with _bar("step", "fitting") as bar:
-        result = run_fit(
-            store, run_path, FitOptions(**given, features=chosen), on_event=_FitProgress(bar), resume=resume
-        )
+    with _bar("step", "reading") as bar, _Interrupts(*_FIT_STOPS) as interrupts:
+        progress = _FitProgress(bar, interrupts)
+        told: dict[str, Any] = {"on_event": progress, "resume": resume, "stopping": interrupts.asked}
+        if seeds or settings:
+            results = sweep(store, run_path, asked, settings, seeds or 1, **told)
+        else:
+            results = [run_fit(store, run_path, asked, **told)]
+    _report_fits(results, run_path, bool(seeds or settings), as_json)
+    if any(one.ended == "interrupted" for one in results) or (interrupts.asked() and (seeds or settings)):
+        click.echo("pmm: interrupted; run the same command again with --resume to go on", err=True)
+        raise click.exceptions.Exit(INTERRUPTED)
+    if progress.failed:
+        raise click.exceptions.Exit(FAILED_CLIPS)
+
+
+_FIT_STOPS = (
+    "keeping the heads after this step; Ctrl-C again stops at once",
+    "stopped at once; --resume goes on from where the heads were last kept",
+)
+
+
+def _fit_options(features: tuple[str, ...], **options: Any) -> FitOptions:
+    from pmm.train.options import FitOptions
+
+    given = {key: value for key, value in options.items() if value is not None}
+    for name in ("subjects", "freeze"):
+        if name in given:
+            given[name] = tuple(part.strip() for part in given[name].split(",") if part.strip())
+    if "init" in given:
+        given["init"] = str(given["init"].absolute())
+    return FitOptions(**given, features=dict(_pair(text) for text in features))
+
+
+def _report_fits(results: list[Result], path: Path, several: bool, as_json: bool) -> None:
+    from pmm.train.runs import compare
+
     if as_json:
-        _print_json(result.to_json())
+        told = [one.to_json() for one in results]
+        _print_json({"runs": told} if several else told[0])
+    elif several:
+        click.echo(_runs_table(compare(path)))
     else:
+        (one,) = results
+        best = f"best validation LVE {one.best_lve:.5f} at epoch {one.best_epoch}"
         click.echo(
-            f"best validation LVE {result.best_lve:.5f} at epoch {result.best_epoch}; run in {run_path}"
+            f"{best if one.best_epoch else 'no epoch is finished'}"
+            f"{_ENDED[one.ended].format(one.epochs)}; run in {one.path}"
         )
+
+
+_ENDED = {"done": "", "patience": " of {}, none better since", "interrupted": ", interrupted"}
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -657,8 +762,9 @@ def _pair(text: str) -> tuple[str, str]:
 class _FitProgress:
     """Training events to a bar over steps and one line an epoch."""
 
-    def __init__(self, bar: tqdm):
-        self.bar = bar
+    def __init__(self, bar: tqdm, interrupts: _Interrupts | None = None):
+        self.bar, self.interrupts = bar, interrupts
+        self.failed = 0
 
     def __call__(self, event: Any) -> None:
         kind = type(event).__name__
@@ -669,10 +775,19 @@ class _FitProgress:
             kept = f"not kept in the store ({event.unpinned})" if event.unpinned else "kept in the store"
             self.bar.clear()
             _say("content", f"snapshot {event.snapshot}, {kept}")
+        elif kind == "Cached":
+            _say("cache", _cache_text(event))
+        elif kind == "JobStarted":
+            _say(f"{event.number}/{event.jobs}", str(event.path))
+        elif kind == "JobFailed":
+            self.failed += 1
+            click.echo(f"pmm: failed: {event.path}: {event.reason}", err=True)
         elif kind == "Started":
             self.bar.unit, self.bar.unit_scale, self.bar.desc = "step", False, "fitting: "
             self.bar.reset(total=event.epochs * event.steps_per_epoch)
-            self.bar.update(event.first_epoch * event.steps_per_epoch)
+            self.bar.update(event.first_epoch * event.steps_per_epoch + event.first_step)
+            if self.interrupts:
+                self.interrupts.arm()
             note = f" ({event.skipped} takes lack features)" if event.skipped else ""
             subjects = _count(len(event.styles), "subject")
             _say(
@@ -680,6 +795,10 @@ class _FitProgress:
                 f"{_count(event.clips, 'clip')}, {event.frames} frames of {subjects}{note}; "
                 f"{event.validation_clips} to validate; {event.parameters:,} parameters on {event.device}",
             )
+            for part, people in event.split.items():
+                _say("validate" if part == "validation" else part, _some(people))
+            if event.unused:
+                _say("unused", f"{_count(event.unused, 'take')} in no part of the protocol")
             if event.merged:
                 more = f"; {len(event.merged) - 1} more in config.json" if len(event.merged) > 1 else ""
                 _say("people", f"{event.merged[0]}{more}")
@@ -696,10 +815,84 @@ class _FitProgress:
             )
 
 
+def _cache_text(event: Any) -> str:
+    """``1.2 GB in memory of 8.0 GB free``."""
+    place = {"device": "on the device", "ram": "in memory", "mmap": "in the store, read ahead"}[event.cache]
+    free = "" if event.available is None else f", {_size(event.available)} free"
+    why = " (too much to hold)" if (event.asked, event.cache) == ("auto", "mmap") else ""
+    return f"features of {_size(event.needed)} {place}{free}{why}"
+
+
+@pmm.command()
+@click.argument("folder", metavar="DIR", type=PATH)
+@_json
+def runs(folder: Path, as_json: bool) -> None:
+    """Compare the runs in DIR and in folders below it: their options where they differ, and their scores."""
+    from pmm.train.runs import compare
+
+    found = compare(folder)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        click.echo(_runs_table(found))
+
+
+def _runs_table(found: Comparison) -> str:
+    """A line a run, the best first; then means over seeds, and what stands against comparing."""
+    differing = list(next((one.differences for one in found.runs if not one.problem), {}))
+    head = ["run", *differing, "epochs", "loss", "val LVE", "test LVE", "test ALE"]
+    lines = [
+        [one.run, f"cannot be read: {one.problem}"]
+        if one.problem
+        else [
+            one.run,
+            *(_plainly(one.differences[name]) for name in differing),
+            f"{one.epochs}/{one.planned}",
+            _figure(one.loss),
+            _figure(one.best_lve),
+            _figure(one.test.get("lve")),
+            _figure(one.test.get("ale")),
+        ]
+        for one in found.runs
+    ]
+    text = [_aligned(head, [line for line in lines if len(line) == len(head)])]
+    text += ["  ".join(line) for line in lines if len(line) != len(head)]
+    for group in found.groups:
+        what = ", ".join(f"{name} {_plainly(value)}" for name, value in group.differences.items()) or "all"
+        spread = "" if group.deviation is None else f" ± {group.deviation:.5f}"
+        text.append(f"mean      {what}: val LVE {group.mean:.5f}{spread} of {_count(group.runs, 'run')}")
+    return "\n".join([*text, *(f"note      {note}" for note in found.notes)])
+
+
+def _aligned(head: list[str], lines: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(head, *lines)]
+    rows = [[cell.ljust(widths[0]), *map(str.rjust, rest, widths[1:])] for cell, *rest in (head, *lines)]
+    return "\n".join("  ".join(row).rstrip() for row in rows)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.5f}"
+
+
+def _plainly(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "+".join(map(str, value)) or "-"
+    return "-" if value in (None, "", {}) else str(value)
+
+
 @pmm.command(name="eval")
 @click.argument("run_path", metavar="RUN", type=PATH)
 @click.option(
     "--split", type=click.Choice(["train", "validation", "test"]), default="test", show_default=True
+)
+@click.option(
+    "--style",
+    default="",
+    metavar="NAME",
+    help="Everybody in this training subject's style, or in the mean.  [default: their own, or under every]",
+)
+@click.option(
+    "--importance", is_flag=True, help="Also take each modality from other clips: do the heads listen to it?"
 )
 @click.option(
     "--store",
@@ -714,6 +907,8 @@ class _FitProgress:
 def evaluate(
     run_path: Path,
     split: str,
+    style: str,
+    importance: bool,
     store_path: Path | str | None,
     device: str,
     cache_dir: Path | None,
@@ -721,61 +916,220 @@ def evaluate(
     safe_read: bool,
     as_json: bool,
 ) -> None:
-    """Score a run: LVE and ALE beside the training mean face and silence, on the same clips."""
+    """Score a run beside the training mean face and silence, on the same clips.
+
+    Errors (LVE, ALE), how it moves (motion, jitter), and how closed and still it is in pauses.
+    """
     from pmm.store.cache import Cache
     from pmm.store.catalog import Store
     from pmm.train.evaluate import evaluate as score
+    from pmm.train.importance import importance as weigh
     from pmm.train.run import load_run
 
     run = load_run(run_path, device=device)
     store = Store.open(store_path or run.store_path, Cache.default(cache_dir, cache_gb), safe_read or None)
-    scores = score(run, store, split)
+    scores = score(run, store, split, style)
+    weighed = weigh(run, store, split, style) if importance else None
     if as_json:
-        _print_json(scores.to_json())
+        _print_json(scores.to_json() | ({"importance": weighed.to_json()} if weighed else {}))
     else:
         click.echo(_score_table(scores))
+        if weighed:
+            click.echo("\n" + _importance_table(weighed))
+
+
+_PREDICTORS = {"heads": "heads", "mean_face": "mean face", "silence": "silence", "target": "captured"}
 
 
 def _score_table(scores: Scores) -> str:
-    names = {"heads": "heads", "mean_face": "mean face", "silence": "silence"}
-    metrics = list(scores.scores["heads"])
+    styles = _count(len(scores.styles), "style")
+    style = f"in the style {scores.style}" if scores.style else f"under {styles}"
     lines = [
-        f"{scores.split}: {scores.clips} clips, {scores.frames} frames of {len(scores.subjects)} subjects, "
-        f"under {len(scores.styles)} styles",
-        f"{'':<11}" + "".join(f"{_METRICS.get(name, name):>11}" for name in metrics),
+        f"{scores.split}: {_count(scores.clips, 'clip')}, {scores.frames} frames of "
+        f"{_count(len(scores.subjects), 'subject')}, {style}",
+        _row("", "LVE", "LVE (l2)", "ALE", "ALE (l2)"),
     ]
-    for key, name in names.items():
-        lines.append(f"{name:<11}" + "".join(f"{scores.scores[key][metric]:11.5f}" for metric in metrics))
-    lines.append(
+    for key, values in scores.scores.items():
+        lines.append(_row(_PREDICTORS[key], *(values[name] for name in ("lve", "lve_l2", "ale", "ale_l2"))))
+    lines += [
+        _row("", "motion", "motion (l2)", "jitter", "pause jaw", "pause jitter"),
+        *_motion_rows(scores),
+        f"pauses: {scores.pauses.frames} frames in which the captured jaw rests and nothing moves",
+        *_largest_errors(scores),
         "no motion to predict: the mean face is never wrong"
         if scores.ratio is None
-        else f"LVE of the heads is {scores.ratio:.3f} of the mean face's"
-    )
+        else f"LVE of the heads is {scores.ratio:.3f} of the mean face's",
+    ]
     return "\n".join(lines)
 
 
-_METRICS = {"lve": "LVE", "lve_l2": "LVE (l2)", "ale": "ALE", "ale_l2": "ALE (l2)"}
+def _motion_rows(scores: Scores) -> Iterator[str]:
+    pauses = scores.pauses
+    for key, name in _PREDICTORS.items():
+        own = scores.scores.get(key, {"motion": None, "motion_l2": None, "jitter": scores.target_jitter})
+        moving = (own[metric] for metric in ("motion", "motion_l2", "jitter"))
+        yield _row(name, *moving, pauses.jaw_open[key], pauses.jitter[key])
+
+
+def _largest_errors(scores: Scores, count: int = 3) -> Iterator[str]:
+    worst = sorted(scores.coefficients.items(), key=lambda one: -one[1]["heads"]["squared"])[:count]
+    yield f"{'largest squared errors':<24}{'heads':>13}{'mean face':>13}"
+    for name, score in worst:
+        yield f"  {name:<22}{score['heads']['squared']:13.5f}{score['mean_face']['squared']:13.5f}"
+
+
+def _row(name: str, *values: str | float | None) -> str:
+    """A row of a table: a name, then columns of numbers, of words, or of nothing to say."""
+    cells = (f"{one:.5f}" if isinstance(one, float) else one or "-" for one in values)
+    return f"{name:<11}" + "".join(f"{cell:>13}" for cell in cells)
+
+
+def _importance_table(found: Importance) -> str:
+    lines = [
+        f"importance: LVE on {found.clips} clips with one modality taken from another clip",
+        f"{'as it is':<11}{found.lve:12.5f}",
+    ]
+    for name, lve in found.swapped.items():
+        relative = found.relative(name)
+        change = "" if relative is None else f"{100 * relative:+9.1f} %"
+        lines.append(f"{name:<11}{lve:12.5f}{change}")
+    return "\n".join(lines)
+
+
+# How `pmm ablate` fits each run: the options of `pmm fit`, but for those that the rows decide.
+_ABLATED = (
+    *("preset", "rig", "fps", "epochs", "batch_size", "learning_rate", "lookahead", "context"),
+    *("max_context", "dropout", "window", "patience", "decoder_input", "loss_reduction", "protocol"),
+    *("test_subject", "split_seed", "subjects", "features", "snapshot", "seed", "device", "cache"),
+    *("cache_dir", "cache_gb", "safe_read"),
+)
+
+
+@pmm.command(params=[one for one in fit.params if one.name in _ABLATED])
+@click.argument("store_path", metavar="STORE", type=STORE)
+@click.option("--run", "run_path", required=True, type=PATH, help="A folder for all runs, new or begun.")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each row.")
+@_json
+def ablate(
+    store_path: Path | str,
+    run_path: Path,
+    seeds: int,
+    features: tuple[str, ...],
+    cache_dir: Path | None,
+    cache_gb: float | None,
+    safe_read: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Fit with and without each modality and loss, and print Table V of the paper beside its figures.
+
+    Seven rows, several seeds each, as run folders in the folder --run. Interrupt it and run the same
+    command again: it goes on.
+    """
+    from pmm.store.cache import Cache
+    from pmm.store.catalog import Store
+    from pmm.train.ablate import ablate as run_ablate
+
+    asked = _fit_options(features, **options)
+    store = Store.open(store_path, Cache.default(cache_dir, cache_gb), safe_read or None)
+    with _bar("step", "reading") as bar, _Interrupts(*_ABLATE_STOPS) as interrupts:
+        progress = _AblationProgress(bar, interrupts)
+        table = run_ablate(store, run_path, asked, seeds, progress, interrupts.asked)
+    if table is None:
+        click.echo("pmm: interrupted; run the same command again to go on", err=True)
+        raise click.exceptions.Exit(INTERRUPTED)
+    if as_json:
+        _print_json(table.to_json())
+    else:
+        click.echo(_ablation_table(table))
+
+
+_ABLATE_STOPS = (
+    "keeping the run under way after this step; Ctrl-C again stops at once",
+    "stopped at once; run the same command again to go on from what was kept",
+)
+
+
+class _AblationProgress:
+    """One line a run, and a bar over the steps of the run under way."""
+
+    def __init__(self, bar: tqdm, interrupts: _Interrupts):
+        self.bar, self.interrupts = bar, interrupts
+        self.label, self.fitting = "", _FitProgress(bar)
+
+    def __call__(self, event: Any) -> None:
+        kind = type(event).__name__
+        if kind == "CellStarted":
+            self.label = f"{event.number}/{event.cells}"
+            if event.state == "goes on":
+                _say(self.label, f"{event.cell.row.name}, seed {event.cell.seed}: goes on")
+        elif kind == "CellDone":
+            name = f"{event.cell.row.name}, seed {event.cell.seed}"
+            _say(self.label, f"{name:<26} LVE {event.lve:.5f}  ALE {event.ale:.5f}")
+        elif kind == "Started":
+            self.interrupts.arm()
+            self.bar.unit, self.bar.unit_scale, self.bar.desc = "step", False, f"{self.label}: "
+            self.bar.reset(total=event.epochs * event.steps_per_epoch)
+            self.bar.update(event.first_epoch * event.steps_per_epoch + event.first_step)
+        elif kind != "EpochDone":
+            self.fitting(event)
+
+
+def _ablation_table(table: Ablation) -> str:
+    from statistics import fmean
+
+    from pmm.train.ablate import spread
+
+    def cell(values: tuple[float, ...], scale: float = 100) -> str:
+        deviation = spread(values)
+        beside = "" if deviation is None else f"± {scale * deviation:.3f}"
+        return f"{scale * fmean(values):9.3f} {beside:<8}"
+
+    seeds = _count(len(table.seeds), "seed")
+    lines = [
+        f"{table.protocol}, test subjects, x1e-2: means of {seeds}"
+        + (" ± sample standard deviation" if len(table.seeds) > 1 else "")
+        + "; of full: LVE over full's",
+        f"{'':<17}{'LVE':>9}{'':9}{'ALE':>9}{'':9}{'of full':>9}{'':9}  paper: LVE / ALE on 3D-CAVFA",
+    ]
+    for one in table.rows:
+        ours = cell(one.lve) + cell(one.ale) + cell(one.lve_over_full, 1)
+        lines.append(f"{one.row.name:<17}{ours}  {one.row.paper_lve:.3f} / {one.row.paper_ale:.3f}")
+    lines.append(f"{'mean face':<17}{cell(table.mean_face_lve)}".rstrip())
+    if table.stand_in:
+        lines.append("features by untrained stand-ins: what a row loses here says little about the method")
+    return "\n".join(lines)
 
 
 @pmm.command()
 @click.argument("run_path", metavar="RUN", type=PATH)
-@click.argument("audio", type=PATH)
+@click.argument("audio", type=PATH, required=False)
 @click.option("-o", "--out", required=True, type=PATH, help="The Live Link Face CSV to write.")
 @click.option(
     "--style", default="mean", show_default=True, help="A training subject's style, or the mean of all."
 )
 @click.option("--plot", type=PATH, help="Also draw a few curves over the waveform, to this PNG.")
 @click.option("--against", type=PATH, help="A captured CSV of the same speech, drawn beside the prediction.")
+@click.option(
+    "--features-from-store",
+    "store_path",
+    type=STORE,
+    metavar="STORE",
+    help="Animate a take of this store from its cached features, without any model.",
+)
+@click.option("--clip", metavar="NAME", help="The take: its name there, or 8 digits of its id.")
 @_model_options
 @_device
 @_json
 def animate(
     run_path: Path,
-    audio: Path,
+    audio: Path | None,
     out: Path,
     style: str,
     plot: Path | None,
     against: Path | None,
+    store_path: Path | str | None,
+    clip: str | None,
     device: str,
     as_json: bool,
     **models: Any,
@@ -783,6 +1137,15 @@ def animate(
     """Turn the speech in AUDIO into facial animation: a Live Link Face CSV that Unreal reads."""
     from pmm.animate.speak import animate_file
 
+    if store_path is not None:
+        if audio or plot or against or any(models.values()) or clip is None:
+            raise click.UsageError(
+                "--features-from-store goes with --clip, -o, --style and --device only: no sound, no model"
+            )
+        _animate_cached(run_path, store_path, clip, out, style, device, as_json)
+        return
+    if audio is None or clip is not None:
+        raise click.UsageError("name a sound file to animate, or a --clip with --features-from-store")
     named = models.pop("models")
     replaced = {key: value for key, value in models.items() if value is not None}
     done = animate_file(
@@ -804,6 +1167,20 @@ def animate(
         )
         if plot:
             click.echo(f"picture in {plot}")
+
+
+def _animate_cached(
+    run_path: Path, store_path: Path | str, clip: str, out: Path, style: str, device: str, as_json: bool
+) -> None:
+    from pmm.animate.speak import animate_take
+    from pmm.store.catalog import Store
+
+    done = animate_take(run_path, Store.open(store_path), clip, out, style=style, device=device)
+    if as_json:
+        _print_json(done.to_json())
+    else:
+        length = _duration(done.seconds)
+        click.echo(f"{done.frames} frames at {done.fps} fps ({length}) from {done.models}, in {out}")
 
 
 @pmm.group()

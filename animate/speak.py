@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pmm import AlreadyThere, BadInput
+from pmm import AlreadyThere, BadInput, NotFound
 from pmm.store import clock
 from pmm.store.rig import ARKIT52
 
 if TYPE_CHECKING:
     from pmm.precompute.models import FrozenModels, ModelSet
+    from pmm.store.catalog import Store
+    from pmm.store.clip import Take
     from pmm.train.run import Run
 
 
@@ -97,6 +99,64 @@ def animate_file(
 
         draw(picture, wave, curves, true, f"{audio.name}, style {style}, {frozen.label}")
     return Animated(out, len(written.values), written.fps, clip.seconds, style, frozen.label)
+
+
+def animate_take(
+    run_path: Path,
+    store: Store,
+    clip: str,
+    out: Path,
+    *,
+    style: str = "mean",
+    device: str = "auto",
+) -> Animated:
+    """Animate a take of ``store`` from its cached features, without any frozen model; writes a CSV.
+
+    clip   the take: its source name, with or without the ending, or the beginning of its id or its clip's
+
+    Raises as ``animate_file`` does, and NotFound for a take or features that are not in ``store``.
+    """
+    from pmm.precompute.datasets import livelink
+    from pmm.train.run import load_run
+
+    _refuse_existing(out)
+    run = load_run(run_path, device)
+    run.style_vector(style)
+    take = _named_take(store, clip)
+    native = _cached(run, store, take)
+    frames = clock.frames(take.clip.samples, take.clip.rate, run.fps)
+    curves = speak(run, native, style, frames)
+    written = curves if curves.fps in CSV_FPS else resampled(curves, max(CSV_FPS))
+    livelink.write(out, written.values, names=written.names, fps=written.fps)
+    return Animated(out, len(written.values), written.fps, take.clip.seconds, style, "cached features")
+
+
+def _named_take(store: Store, name: str) -> Take:
+    takes = store.takes()
+    exact = [take for take in takes if name in (take.source, str(Path(take.source).with_suffix("")))]
+    begun = [t for t in takes if len(name) >= 8 and (t.id.startswith(name) or t.clip.id.startswith(name))]
+    found = exact or begun
+    if not found:
+        raise NotFound(f"no take {name!r} in {store.where}; `pmm store ls {store.where}` names them")
+    if len({take.clip.id for take in found}) > 1:
+        named = ", ".join(take.id[:12] for take in found)
+        raise BadInput(f"{name!r} names {len(found)} takes in {store.where}; choose one by its id: {named}")
+    return found[0]
+
+
+def _cached(run: Run, store: Store, take: Take) -> dict[str, np.ndarray]:
+    """The native features of ``take`` that the heads of ``run`` read."""
+    native = {}
+    for name, spec in run.specs.items():
+        if name == "target":
+            continue
+        if not store.has(spec.id, take.clip.id):
+            raise NotFound(
+                f"{take.source or take.id[:12]} has no {name} features {spec.id[:12]}, which the run in "
+                f"{run.path} was fitted on, in {store.where}; precompute them, or animate its sound itself"
+            )
+        native[name] = store.read(spec.id, take.clip.id)
+    return native
 
 
 def resampled(curves: Curves, fps: int) -> Curves:

@@ -204,6 +204,7 @@ class View:
         self.where = store.where
         self._store = store
         self._found: dict[str, dict[str, tuple[Fragment, int]]] = {}
+        self._whole: set[tuple[str, str]] = set()
 
     @property
     def specs(self) -> Mapping[str, FeatureSpec]:
@@ -237,11 +238,14 @@ class View:
         return int(one.lengths[index])
 
     def read(self, spec_id: str, row_id: str) -> np.ndarray:
-        """(n, *shape), read-only, checked against the sum. Raises NotFound, or StoreCorrupt with the clip."""
+        """(n, *shape), read-only, checked against the sum when they are read first.
+
+        Raises NotFound, or StoreCorrupt with the clip.
+        """
         one, index = self._find(spec_id, row_id)
         try:
             rows = self._store.reader(one).rows(index)
-            whole = self._store.reader(one).sum_matches(index)
+            whole = (spec_id, row_id) in self._whole or self._store.reader(one).sum_matches(index)
         except (StoreCorrupt, NotFound) as error:
             raise StoreCorrupt(f"clip {row_id} cannot be read: {error}") from None
         if not whole:
@@ -249,6 +253,7 @@ class View:
                 f"clip {row_id} in {self.where}/{one.folder} is not as it was written; "
                 f"run `pmm store verify {self.where} --repair`"
             )
+        self._whole.add((spec_id, row_id))
         return rows
 
     def require(self, spec_ids: Iterable[str]) -> None:

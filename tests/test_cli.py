@@ -81,7 +81,7 @@ def test_an_interrupted_fit_keeps_its_epochs(
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
-    assert "pmm fit with --resume" in err
+    assert "pmm: interrupted; run the same command again with --resume to go on" in err
     assert pmm("eval", tmp_path / "run").code == 0
 
 

@@ -26,6 +26,7 @@ from pmm.train import data, losses, memory, protocols
 from pmm.train.evaluate import evaluate
 from pmm.train.heads import Heads, HeadsConfig, preset, valid_frames
 from pmm.train.loop import EpochDone, Schedule, Started, StepDone, learning_rate
+from pmm.train.memory import Cached
 from pmm.train.metrics import FRAME_ERRORS, lve
 from pmm.train.options import FitOptions
 from pmm.train.predict import predict_heads
@@ -213,20 +214,32 @@ def test_a_fit_tells_which_subjects_it_made_one(tmp_path):
     assert started(again).merged == (one,)
 
 
-def test_what_does_not_fit_into_memory_is_refused_before_it_is_loaded(store, tmp_path):
+def features_bytes(store):
+    """What the takes of a fit fill in memory, as torch counts it."""
     split = protocols.split("cross-subject", store.takes(), 0)
-    parts = [
-        data.load(store, specs_of(store), own, LIP32, FPS, (8, 16)) for own in (split.train, split.validation)
-    ]
-    held = sum(x.nbytes for part in parts for x in (*part.features.values(), part.target))
-    with pytest.raises(
-        BadInput, match=r"12 takes fill 0.0 GB of memory, and 0.0 GB are available; fit fewer"
-    ):
-        fit(store, tmp_path / "run", QUICK, memory_limit=held - 1)
+    sides = (split.train, split.validation)
+    parts = [data.load(store, specs_of(store), own, LIP32, FPS, (8, 16)) for own in sides]
+    return sum(x.nbytes for part in parts for x in (*part.features.values(), part.target))
+
+
+def test_what_does_not_fit_into_memory_is_read_from_the_store_or_refused(store, tmp_path):
+    held = features_bytes(store)
+    once = replace(QUICK, epochs=1)
+    told = {}
+    for name, limit in (("fits", held), ("large", held - 1)):
+        events = []
+        fit(store, tmp_path / name, once, events.append, memory_limit=limit)
+        (told[name],) = [event for event in events if isinstance(event, Cached)]
+    assert told["fits"] == Cached("ram", "auto", held, held)
+    assert told["large"] == Cached("mmap", "auto", held, held - 1)
+    for cache in ("ram", "device"):
+        with pytest.raises(
+            BadInput, match=r"12 takes fill 0.0 GB, and 0.0 GB of memory are available; read them"
+        ):
+            fit(store, tmp_path / "run", replace(once, cache=cache), memory_limit=held - 1)
     assert not (tmp_path / "run").exists()
-    fit(store, tmp_path / "run", replace(QUICK, epochs=1), memory_limit=held)
     with pytest.raises(BadInput, match=r"12 takes fill"):
-        fit(store, tmp_path / "run", FitOptions(), resume=True, memory_limit=held - 1)
+        fit(store, tmp_path / "fits", replace(once, cache="ram"), resume=True, memory_limit=held - 1)
 
 
 def test_both_numbers_and_the_way_out_are_said():
@@ -234,16 +247,26 @@ def test_both_numbers_and_the_way_out_are_said():
     hour = 3600 * FPS
     needed = memory.corpus_bytes(hour, {"audio": AUDIO, "image": lips, "target": TARGET}, 32, (48, 96))
     assert needed == hour * (4 * 12 + 48 * 96 * 3 + 4 * 32)
-    memory.refuse_too_much(needed, needed, 9, ("image", "audio"))
-    memory.refuse_too_much(needed, None, 9, ("image", "audio"))
+    nobody_knows, small = memory.Limits(None), memory.Limits(10**9, 10**8)
+    assert memory.choose_cache("ram", needed, memory.Limits(needed, 0), 9, ()).cache == "ram"
+    assert memory.choose_cache("auto", needed, nobody_knows, 9, ()).cache == "ram"
+    assert memory.choose_cache("mmap", needed, small, 9, ()).cache == "mmap"
     with pytest.raises(BadInput) as caught:
-        memory.refuse_too_much(needed, 10**9, 9, ("image", "audio"))
+        memory.choose_cache("ram", needed, small, 9, ("image", "audio"))
     assert str(caught.value) == (
-        "the features of 9 takes fill 1.5 GB of memory, and 1.0 GB are available; fit fewer subjects, "
-        "leave the lip frames out (--without image), or use a machine with more memory"
+        "the features of 9 takes fill 1.5 GB, and 1.0 GB of memory are available; read them from the store "
+        "while fitting (--cache mmap), or fit fewer subjects, leave the lip frames out (--without image)"
     )
-    with pytest.raises(BadInput, match="fit fewer subjects, or use"):
-        memory.refuse_too_much(2, 1, 9, ("audio",))
+    with pytest.raises(BadInput, match=r"fill 1.5 GB, and 0.1 GB on the device are available"):
+        memory.choose_cache("device", needed, small, 9, ("audio",))
+
+
+@pytest.mark.parametrize(
+    ("free", "chosen"),
+    [((100, 100), "device"), ((100, 99), "ram"), ((99, 99), "mmap"), ((100,), "ram"), ((99,), "mmap")],
+)
+def test_auto_takes_the_first_place_that_holds_the_features_in_four_fifths(free, chosen):
+    assert memory.choose_cache("auto", 80, memory.Limits(*free), 1, ()).cache == chosen
 
 
 @pytest.mark.parametrize(
@@ -261,7 +284,7 @@ def test_the_limit_of_a_container_counts(tmp_path, membership, folder, ceiling, 
     (tmp_path / folder / "step" / ceiling).write_text("max\n")
     (tmp_path / "self").write_text(membership)
     assert list(memory._container(tmp_path, tmp_path / "self")) == [3800]
-    assert memory.available(torch.device("cpu")) > 0
+    assert memory.available() > 0
 
 
 # --- specs -----------------------------------------------------------------------------------------
@@ -328,17 +351,17 @@ def test_a_lost_spec_file_is_one_line_or_no_matter(tmp_path):
 
 def long_corpus():
     """Clips of 45, 90, 91 and 217 frames whose target counts the frames of all."""
-    offsets = torch.tensor([0, 45, 90, 91, 217]).cumsum(0)
-    target = torch.arange(int(offsets[-1])).float()[:, None]
+    lengths = torch.tensor([45, 90, 91, 217])
+    target = torch.arange(int(lengths.sum())).float()[:, None]
     takes = (Take(Clip("0" * 64, 16000, 1, 0, 1), "f" * 64, "x"),) * 4
-    return data.Corpus(takes, ("x",) * 4, offsets, {}, target)
+    return data.Corpus(takes, ("x",) * 4, lengths.cumsum(0) - lengths, lengths, {}, target)
 
 
 def test_windows_start_at_whole_periods_and_reach_every_frame():
     corpus, seen = long_corpus(), set()
     for epoch in range(200):
         spans = data.windows(corpus, 90, 30, torch.Generator().manual_seed(epoch))
-        first = (spans.start - corpus.offsets[:-1]).tolist()
+        first = (spans.start - corpus.start).tolist()
         assert first[:2] == [0, 0]
         assert spans.length[:2].tolist() == [45, 90]
         assert all(start % 30 == 0 for start in first)
@@ -390,11 +413,13 @@ def test_a_run_folder_holds_what_the_run_was(store, fitted):
     assert sorted(file.name for file in path.iterdir()) == [
         "best.safetensors",
         "config.json",
+        "curves.png",
         "last.safetensors",
         "metrics.jsonl",
+        "steps.jsonl",
     ]
     config = json.loads((path / "config.json").read_text())
-    assert config["format"] == 1
+    assert config["format"] == 2
     assert config["options"]["epochs"] == 2
     assert config["made_with"]["image"] == [{"label": "made up (untrained stand-in)"}]
     assert config["names"] == list(LIP32)
@@ -412,8 +437,13 @@ def test_a_run_folder_holds_what_the_run_was(store, fitted):
 
 def test_events_tell_the_steps_and_the_epochs(fitted):
     path, result, events = fitted
-    assert [type(event) for event in events] == [Content, Started, *([StepDone] * 3 + [EpochDone]) * 2]
-    assert (events[1].clips, events[1].validation_clips, events[1].steps_per_epoch) == (9, 3, 3)
+    assert [type(event) for event in events] == [
+        Content,
+        Cached,
+        Started,
+        *([StepDone] * 3 + [EpochDone]) * 2,
+    ]
+    assert (events[2].clips, events[2].validation_clips, events[2].steps_per_epoch) == (9, 3, 3)
     assert [(e.epoch, e.step, e.steps) for e in events if isinstance(e, StepDone)][2:4] == [
         (1, 3, 3),
         (2, 1, 3),
@@ -472,8 +502,8 @@ def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(store, tmp_path, after)
     kept = [e for e in broken if isinstance(e, EpochDone)]
     resumed = []
     result = fit(store, tmp_path / "broken", FitOptions(), resumed.append, resume=True)
-    assert resumed[0].first_epoch == len(kept)
-    joined = [e for e in broken if not isinstance(e, Content | Started) and e.epoch <= len(kept)] + resumed
+    assert started(resumed).first_epoch == len(kept)
+    joined = [e for e in broken if isinstance(e, StepDone | EpochDone) and e.epoch <= len(kept)] + resumed
     assert history(joined) == history(whole)
     assert result.epochs == 3
     whole_lines = [
@@ -570,7 +600,7 @@ def test_a_diverging_run_stops_with_one_line(store, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "slow"}, "preset 'slow' is none of fast, paper"),
+        ({"preset": "slow"}, "preset 'slow' is none of fast, paper, smoke"),
         ({"rig": "face"}, "rig 'face' is none of lip32, arkit52"),
         (
             {"without": ("sound",)},
@@ -606,8 +636,8 @@ def test_bad_runs_are_refused_with_one_line(fitted, tmp_path):
 
     newer = shutil.copytree(path, tmp_path / "newer")
     config = json.loads((newer / "config.json").read_text())
-    (newer / "config.json").write_text(json.dumps({**config, "format": 2}))
-    with pytest.raises(NewerFormat, match=r"config.json has run format 2; this pmm .* reads up to 1"):
+    (newer / "config.json").write_text(json.dumps({**config, "format": 3}))
+    with pytest.raises(NewerFormat, match=r"config.json has run format 3; this pmm .* reads up to 2"):
         load_run(newer)
 
     torn = shutil.copytree(path, tmp_path / "torn")
@@ -836,6 +866,10 @@ def test_the_commands_need_no_transformers_and_no_dask_and_add_no_more_than_a_sn
     scored = command("eval", tmp_path / "run", "--json")
     assert scored.returncode == 0, scored.stderr
     assert json.loads(scored.stdout)["clips"] == 1
+    drawn = ("--features-from-store", tmp_path / "store", "--clip", "person1/take0", "-o", tmp_path / "a.csv")
+    animated = command("animate", tmp_path / "run", *drawn)
+    assert animated.returncode == 0, animated.stderr
+    assert animated.stdout == f"28 frames at 30 fps (0:00:01) from cached features, in {tmp_path / 'a.csv'}\n"
     assert {path: path.stat().st_mtime_ns for path in contents} == before
     added = {path for path in (tmp_path / "store").rglob("*") if path.is_file()} - set(contents)
     assert {path.parent.name for path in added} == {"snapshots"}
@@ -844,6 +878,39 @@ def test_the_commands_need_no_transformers_and_no_dask_and_add_no_more_than_a_sn
     config = run.heads.config
     assert (config.modalities, config.max_context, config.dropout) == (("image", "audio"), 60, 0)
     assert run.config["schedule"]["window"] == 5
+
+
+def test_a_cached_take_is_animated_as_its_features_predict(pmm, store, fitted, tmp_path):
+    path, out = fitted[0], tmp_path / "out.csv"
+    take, style = store.takes()[4], load_run(path).styles[1]
+    source = ("--features-from-store", store.path)
+    done = pmm("animate", path, *source, "--clip", take.source, "-o", out, "--style", style, "--json")
+    assert done.code == 0, done.err
+    native = {spec.modality: store.read(spec.id, take.clip.id) for spec in (AUDIO, TEXT, IMAGE)}
+    run = load_run(path)
+    expected = np.clip(predict(run, native, style=run.styles[1]), 0, 1)
+    rows = [line.split(",") for line in out.read_text().splitlines()]
+    column = rows[0].index("JawOpen")
+    written = [float(row[column]) for row in rows[1:]]
+    np.testing.assert_allclose(written, expected[:, run.names.index("JawOpen")], atol=1e-6)
+    for name, complaint in (
+        ("nobody/take9", f"no take 'nobody/take9' in {store.where}; `pmm store ls {store.where}` names them"),
+        (take.source, f"{out} already exists and nothing is overwritten; choose another name"),
+    ):
+        other = tmp_path / "new.csv" if name != take.source else out
+        assert pmm("animate", path, *source, "--clip", name, "-o", other).complaint == complaint
+    mixed = pmm("animate", path, tmp_path / "a.wav", *source, "--clip", take.source, "-o", tmp_path / "x.csv")
+    assert (mixed.code, "no sound, no model" in mixed.complaint) == (2, True)
+
+
+def test_a_last_checkpoint_that_was_cut_off_is_one_line(store, fitted, tmp_path):
+    path = shutil.copytree(fitted[0], tmp_path / "run")
+    whole = (path / "last.safetensors").read_bytes()
+    (path / "last.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        BadInput, match=r"last.safetensors is truncated or no checkpoint of pmm .*; it cannot"
+    ):
+        fit(store, path, FitOptions(), resume=True)
 
 
 def test_leaving_every_modality_out_is_one_line(pmm, store, tmp_path):

@@ -176,6 +176,63 @@ def test_reach_is_what_is_claimed_and_no_less(changes):
     assert max(moved) < 59
 
 
+def moved(heads, features, name, at):
+    """The frames whose output changes with frame ``at`` of one modality."""
+    valid = valid_frames(torch.tensor([features[name].shape[1]]))
+    changed = features[name].clone()
+    changed[:, at] = 255 - changed[:, at]
+    with torch.no_grad():
+        before = heads(features, torch.tensor([1]), valid).prediction
+        after = heads({**features, name: changed}, torch.tensor([1]), valid).prediction
+    return (before != after).any(-1)[0].nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("latents", [False, True])
+@pytest.mark.parametrize("decoder_input", ["aligned", "separate"])
+@pytest.mark.parametrize("layers", [(1, 1), (2, 3)])
+def test_audio_and_text_reach_as_far_as_the_decoder_and_images_one_encoder_further(
+    layers, decoder_input, latents
+):
+    """One decoder layer, as ``fast`` has: nothing after t + max_context, but for images, and the context."""
+    decoder_layers, image_layers = layers
+    config = {"max_context": 4, "lookahead": 3, "context": 3, "decoder_input": decoder_input}
+    sizes = {**SMALL["feature_sizes"], **({"image": 9} if latents else {})}
+    heads = small(feature_sizes=sizes, decoder_layers=decoder_layers, image_layers=image_layers, **config)
+    features, at = inputs(heads.config, 1, 60), 30
+    if latents:
+        features["image"] = torch.randn(1, 60, 9, generator=torch.Generator().manual_seed(2))
+    first, last = at - 3 - 1, at + decoder_layers * 4 + 1
+    for name in ("audio", "text"):
+        frames = moved(heads, features, name, at)
+        assert (min(frames), max(frames)) == (first, last), name
+    frames = moved(heads, features, "image", at)
+    assert (min(frames), max(frames)) == (first, last + image_layers * 4)
+    assert heads.reach.past == last + image_layers * 4 - at
+    assert heads.reach.future == at - first
+    assert (
+        small(modalities=("text", "audio"), decoder_layers=decoder_layers, **config).reach.past == last - at
+    )
+
+
+@pytest.mark.parametrize("name", ["paper", "fast"])
+def test_the_presets_reach_is_what_the_paper_page_says(name):
+    sizes = {"feature_sizes": {"audio": 8, "text": 8}, "coefficients": 32, "styles": 1}
+    heads = Heads(HeadsConfig(**sizes, **preset(name, 30)))
+    chained, side, lookahead = (4, 0, 0) if name == "paper" else (2, 2, 6)
+    assert (heads.reach.past, heads.reach.future) == (chained * 600 + side, lookahead + side)
+
+
+def test_clips_of_a_batch_do_not_hear_each_other():
+    heads = small()
+    features, valid = inputs(heads.config, 3, 12), valid_frames(torch.tensor([12, 7, 9]))
+    style = torch.tensor([0, 1, 2])
+    before = heads(features, style, valid).prediction
+    other = {name: torch.cat([255 - x[:1], x[1:]]) for name, x in features.items()}
+    after = heads(other, style, valid).prediction
+    assert torch.equal(before[1:][valid[1:]], after[1:][valid[1:]])
+    assert not torch.equal(before[0], after[0])
+
+
 def test_each_modality_and_the_style_reach_the_output():
     heads = small()
     valid = valid_frames(torch.tensor([8]))

@@ -135,6 +135,59 @@ def test_total_weighs_the_four_as_equation_8(batch):
     assert without.total.item() == pytest.approx((value.position + 1e-5 * value.semantic).item(), rel=1e-12)
 
 
+def slope(value, x, by=1e-6):
+    """Central differences of ``value()`` with respect to every entry of the array ``x``."""
+    found = np.zeros_like(x)
+    for index in np.ndindex(x.shape):
+        kept = x[index]
+        x[index] = kept + by
+        above = value()
+        x[index] = kept - by
+        found[index] = (above - value()) / (2 * by)
+        x[index] = kept
+    return found
+
+
+@pytest.mark.parametrize("name", ["position", "motion", "temporal", "semantic"])
+def test_each_gradient_is_that_of_the_reference(name):
+    """Two clips of 3 and 5 frames, the first padded: autograd against differences of the plain references."""
+    generator = torch.Generator().manual_seed(8)
+    lengths = [3, 5]
+    prediction, target, *aligned = (
+        torch.randn(2, 5, 4, generator=generator, dtype=torch.float64) for _ in range(5)
+    )
+    aligned = dict(zip(("image", "text", "audio"), aligned))
+    valid = valid_frames(torch.tensor(lengths))
+    leaves = {"prediction": prediction} if name in ("position", "motion") else aligned
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    ours = {
+        "position": lambda: losses.position(prediction, target, valid),
+        "motion": lambda: losses.motion(prediction, target, valid),
+        "temporal": lambda: losses.temporal(aligned, torch.tensor(9.0, dtype=torch.float64), valid),
+        "semantic": lambda: losses.semantic(aligned, valid),
+    }[name]
+    gradients = torch.autograd.grad(ours(), list(leaves.values()))
+
+    arrays = {key: leaf.detach().numpy() for key, leaf in (leaves | {"target": target}).items()}
+
+    def reference():
+        return mean_over_clips(lengths, one_clip)
+
+    def one_clip(i, n):
+        cut = {key: x[i, :n] for key, x in arrays.items()}
+        if name == "position":
+            return reference_position(cut["prediction"], cut["target"])
+        if name == "motion":
+            return reference_motion(cut["prediction"], cut["target"])
+        return reference_temporal(cut, 9.0) if name == "temporal" else reference_semantic(cut)
+
+    for key, gradient in zip(leaves, gradients):
+        np.testing.assert_allclose(gradient.numpy(), slope(reference, arrays[key]), rtol=1e-6, atol=1e-7)
+        assert not gradient[0, 3:].any()
+        assert gradient[0, :3].abs().max() > 1e-4
+
+
 def test_what_stands_after_a_clip_changes_neither_losses_nor_gradients(batch):
     prediction, target, aligned, lengths, valid = batch
     leaves = [prediction, *aligned.values()]

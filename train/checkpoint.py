@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,20 +19,12 @@ from torch import Tensor
 import pmm
 from pmm import BadInput, NewerFormat, NotFound, PmmError
 from pmm.train.heads import Heads
+from pmm.train.loop import State
 
-FORMAT = 1
-"""Of run folders as a whole: config.json says it, and every checkpoint."""
+FORMAT = 2
+"""Of run folders as a whole: config.json says it, and every checkpoint. 2 stops within epochs, too."""
 
 _HEADS, _ADAM, _ABOUT = "heads.", "adam.", "pmm"
-
-
-@dataclass(frozen=True)
-class State:
-    """Where a run stands: whole epochs done, and the best of them (from 1)."""
-
-    epoch: int = 0
-    best_epoch: int = 0
-    best_lve: float = float("inf")
 
 
 def refuse_newer(found: int, path: Path) -> None:
@@ -82,6 +74,11 @@ def load(path: Path, heads: Heads, optimiser: torch.optim.Adam | None = None) ->
     return state
 
 
+def read_state(path: Path) -> State:
+    """Where the run stood; the tensors are not read. Raises as ``load`` does."""
+    return _read(path, tensors=False)[1]
+
+
 def _moments(tensors: Mapping[str, Tensor], n: int, parameter: Tensor) -> dict[str, Tensor]:
     """Adam's state of one parameter, laid out as the parameter is: the same arithmetic to the bit."""
     moments = {
@@ -91,12 +88,12 @@ def _moments(tensors: Mapping[str, Tensor], n: int, parameter: Tensor) -> dict[s
     return {"step": tensors[f"{_ADAM}{n}.step"], **moments}
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], State]:
+def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], State]:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})[_ABOUT])
             refuse_newer(about.pop("format"), path)
-            names = list(file.keys())
+            names = list(file.keys()) if tensors else []
             return {name: file.get_tensor(name) for name in names}, State(**about)
     except FileNotFoundError:
         raise NotFound(f"{path} is not there: the run has not finished an epoch; use --resume") from None

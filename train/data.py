@@ -6,8 +6,13 @@ features, V vocabulary, K coefficients.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
+from queue import Full, Queue
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,8 +31,16 @@ from pmm.train.heads import valid_frames
 DISAGREEMENT_SECONDS = 0.1
 """Features and target of one clip may differ in length by this much; the longer is cropped."""
 
+CACHES = ("device", "ram", "mmap")
+"""Where features lie while heads are fitted: on the device, in the machine's memory, or in the store."""
+
 POOL_BATCHES = 8
+PREFETCHED = 2
+"""Batches that are made ahead where features stay in the store."""
+
 _SLICE = 4096  # frames; statistics of the images go over them in slices
+_CPU = torch.device("cpu")
+T = TypeVar("T")
 
 
 # --- which features --------------------------------------------------------------------------------
@@ -143,7 +156,10 @@ def on_frames(
     steps = torch.from_numpy(read if native.ndim == 2 else expanded(read, size or 0))
     steps = F.layer_norm(steps, steps.shape[1:])
     between = torch.from_numpy((position - low).astype(np.float32))[:, None]
-    return torch.lerp(steps[low - start], steps[high - start], between)
+    # Not torch.lerp: it rounds differently in and beside a vector register, so that a window of a
+    # clip would not be that window of the whole to the bit.
+    below = steps[low - start]
+    return steps[high - start].sub_(below).mul_(between).add_(below)
 
 
 @dataclass(frozen=True)
@@ -156,37 +172,112 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Clips one after another on the frame clock.
+class Stored:
+    """One modality of clips that stays in the store: frames are read and made when they are asked for.
 
-    offsets   (N + 1,) int64: clip n is frames [offsets[n], offsets[n + 1]) of every tensor
-    features  audio (F, D) and text (F, V) float32, normalised; image (F, rows, 96, 3) uint8, or
-              latents (F, D) float32
-    target    (F, K) float32
-    subjects  the identity of each clip
+    A window of a clip is, to the bit, that window of the clip as ``load`` puts it into memory.
+    """
+
+    store: Readable
+    spec: FeatureSpec
+    takes: tuple[Take, ...]
+    fps: int
+    image_rows: tuple[int, int] | None = None
+
+    def read(self, clip: int, first: int, count: int) -> Tensor:
+        """Frames [first, first + count) of a clip, by its number: (count, ...)."""
+        take = self.takes[clip]
+        native = self.store.read(self.spec.id, take.clip.id)
+        found = _frames(native, self.spec, self.fps, first, count, self.image_rows)
+        if found.is_floating_point():
+            _refuse_nan(found, self.spec.modality, take, first)
+        return found
+
+    def of(self, clips: Sequence[int]) -> Stored:
+        return replace(self, takes=tuple(self.takes[n] for n in clips))
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Clips on the frame clock.
+
+    start, lengths   (N,) int64 on the CPU: clip n is frames [start, start + length) of every tensor
+    features         audio (F, D) and text (F, V) float32, normalised; image (F, rows, 96, 3) uint8, or
+                     latents (F, D) float32; or ``Stored``, where a modality stays in the store
+    target           (F, K) float32
+    subjects         the identity of each clip
+    device           where batches come out; the tensors lie there, or on the CPU
     """
 
     takes: tuple[Take, ...]
     subjects: tuple[str, ...]
-    offsets: Tensor
-    features: Mapping[str, Tensor]
+    start: Tensor
+    lengths: Tensor
+    features: Mapping[str, Tensor | Stored]
     target: Tensor
     skipped: tuple[Skipped, ...] = ()
+    device: torch.device = _CPU
 
-    @property
-    def lengths(self) -> Tensor:
-        """(N,) frames of each clip."""
-        return self.offsets.diff()
-
-    @property
+    @cached_property
     def frames(self) -> int:
-        return len(self.target)
+        return int(self.lengths.sum())
+
+    @property
+    def streams(self) -> bool:
+        """Whether a modality stays in the store."""
+        return any(isinstance(x, Stored) for x in self.features.values())
+
+    @property
+    def in_place(self) -> bool:
+        """Whether batches are gathered where they are used."""
+        return not self.streams and self.target.device.type == self.device.type
 
     def to(self, device: torch.device) -> Corpus:
-        features = {name: x.to(device) for name, x in self.features.items()}
+        """With its tensors, and its batches, on ``device``."""
+        features = {n: x if isinstance(x, Stored) else x.to(device) for n, x in self.features.items()}
+        return replace(self, features=features, target=self.target.to(device), device=device)
+
+    def part(
+        self,
+        people: Mapping[str, Sequence[Take]],
+        modalities: Sequence[str],
+        image_rows: tuple[int, int] | None = None,
+        columns: Sequence[int] | None = None,
+    ) -> Corpus:
+        """The takes of ``people`` among these clips, sharing their tensors, but for chosen target columns.
+
+        ``image_rows`` count from the first row that is kept here.
+        """
+        number = {take.id: n for n, take in enumerate(self.takes)}
+        left_out = {one.take: one for one in self.skipped}
+        performed = [(who, take.id) for who, takes in people.items() for take in takes]
+        clips = [number[take] for _, take in performed if take in number]
+        features = {name: _narrowed(self.features[name], clips, image_rows) for name in modalities}
+        target = self.target if columns is None else self.target[:, list(columns)]
         return replace(
-            self, features=features, target=self.target.to(device), offsets=self.offsets.to(device)
+            self,
+            takes=tuple(self.takes[n] for n in clips),
+            subjects=tuple(who for who, take in performed if take in number),
+            start=self.start[clips],
+            lengths=self.lengths[clips],
+            features=features,
+            target=target,
+            skipped=tuple(left_out[take] for _, take in performed if take in left_out),
         )
+
+    def own_target(self) -> Tensor:
+        """(F, K): the target of these clips, one after another, without what lies between them."""
+        spans = zip(self.start.tolist(), self.lengths.tolist())
+        return torch.cat([self.target[start : start + length] for start, length in spans])
+
+
+def _narrowed(x: Tensor | Stored, clips: Sequence[int], rows: tuple[int, int] | None) -> Tensor | Stored:
+    if isinstance(x, Tensor):
+        return x[:, slice(*rows)] if rows and x.ndim == 4 else x
+    if rows and len(x.spec.shape) == 3:
+        first = x.image_rows[0] if x.image_rows else 0
+        x = replace(x, image_rows=(first + rows[0], first + rows[1]))
+    return x.of(clips)
 
 
 def fetch(
@@ -223,11 +314,14 @@ def load(
     names: Sequence[str],
     fps: int,
     image_rows: tuple[int, int] | None = None,
+    *,
+    device: torch.device = _CPU,
+    cache: str = "device",
 ) -> Corpus:
     """The takes of ``people`` (identity to takes) with the features of ``specs``, on the frame clock.
 
     ``names`` are the coefficients wanted, ``image_rows`` the rows of each lip frame that are kept
-    (None: all).
+    (None: all), ``device`` where batches are wanted and ``cache`` one of CACHES: where features lie.
     T of a clip is the least of its audio's, its target's and its image's frames. A take without a
     row of some modality, or whose rows disagree by over 100 ms, is skipped and stands in
     ``skipped``. Raises BadInput for values that are not finite, and when nothing is left.
@@ -246,14 +340,24 @@ def load(
         raise BadInput(f"none of {len(performed)} takes in {store.where} can be used{why}")
     takes = [take for _, take in kept]
     fetch(store, specs, takes)
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    features = {
-        name: _flat(store, spec, takes, offsets, fps, image_rows)
-        for name, spec in specs.items()
-        if name != "target"
-    }
-    target = _targets(store, specs["target"], takes, offsets, names)
-    return Corpus(tuple(takes), tuple(who for who, _ in kept), offsets, features, target, tuple(skipped))
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    here = device if cache == "device" else _CPU
+    features: dict[str, Tensor | Stored] = {}
+    for name, spec in specs.items():
+        if name == "target":
+            continue
+        stored = Stored(store, spec, tuple(takes), fps, image_rows)
+        features[name] = stored if cache == "mmap" else _flat(stored, lengths, here)
+    return Corpus(
+        tuple(takes),
+        tuple(who for who, _ in kept),
+        ends[:-1],
+        ends.diff(),
+        features,
+        _targets(store, specs["target"], takes, lengths, names).to(here),
+        tuple(skipped),
+        device,
+    )
 
 
 def _length(store: Readable, specs: Mapping[str, FeatureSpec], take: Take, fps: int) -> int | str:
@@ -281,46 +385,51 @@ def _frames_of_steps(steps: int, fps: int) -> int:
     return clock.frames(clock.step_span(0, steps)[1], clock.SPEECH_RATE, fps)
 
 
-def _flat(
-    store: Readable,
+def _frames(
+    native: np.ndarray,
     spec: FeatureSpec,
-    takes: Sequence[Take],
-    offsets: Tensor,
     fps: int,
+    first: int,
+    count: int,
     image_rows: tuple[int, int] | None,
 ) -> Tensor:
-    """One modality of all takes: (F, D) float32, or (F, rows, 96, 3) uint8."""
-    pictures = len(spec.shape) == 3
-    rows = slice(*image_rows) if pictures and image_rows else slice(None)
-    shape = (len(range(spec.shape[0])[rows]), *spec.shape[1:]) if pictures else (row_size(spec),)
-    flat = torch.empty(int(offsets[-1]), *shape, dtype=torch.uint8 if pictures else torch.float32)
-    for take, start, stop in zip(takes, offsets.tolist(), offsets[1:].tolist()):
-        native = store.read(spec.id, take.clip.id)
-        if spec.fps is None:
-            flat[start:stop] = on_frames(native, stop - start, fps, size=row_size(spec))
-        else:
-            flat.numpy()[start:stop] = native[: stop - start, rows]
-        if not pictures:
-            _refuse_nan(flat[start:stop], spec.modality, take)
+    """``count`` frames from ``first`` of one clip: (count, D) float32 or (count, rows, 96, 3) uint8."""
+    if spec.fps is None:
+        return on_frames(native, count, fps, first, row_size(spec))
+    if len(spec.shape) == 3:
+        rows = slice(*image_rows) if image_rows else slice(None)
+        return torch.from_numpy(np.array(native[first : first + count, rows]))
+    return torch.from_numpy(np.array(native[first : first + count], dtype=np.float32))
+
+
+def _flat(stored: Stored, lengths: Sequence[int], device: torch.device) -> Tensor:
+    """One modality of all clips: (F, D) float32, or (F, rows, 96, 3) uint8, filled clip by clip."""
+    one = stored.read(0, 0, 1)
+    flat = torch.empty(sum(lengths), *one.shape[1:], dtype=one.dtype, device=device)
+    start = 0
+    for clip, length in enumerate(lengths):
+        flat[start : start + length] = stored.read(clip, 0, length)
+        start += length
     return flat
 
 
 def _targets(
-    store: Readable, spec: FeatureSpec, takes: Sequence[Take], offsets: Tensor, names: Sequence[str]
+    store: Readable, spec: FeatureSpec, takes: Sequence[Take], lengths: Sequence[int], names: Sequence[str]
 ) -> Tensor:
     """(F, K) float32, the coefficients ``names`` in their order."""
     wanted = columns(names, spec.settings["names"], f"target features {spec.id[:12]}")
-    flat = torch.empty(int(offsets[-1]), len(names))
-    for take, start, stop in zip(takes, offsets.tolist(), offsets[1:].tolist()):
+    flat, start = torch.empty(sum(lengths), len(names)), 0
+    for take, length in zip(takes, lengths):
         native = store.read(spec.id, spec.row_id(take.clip.id, take.target))
-        flat.numpy()[start:stop] = native[: stop - start, wanted]
-        _refuse_nan(flat[start:stop], "target", take)
+        flat.numpy()[start : start + length] = native[:length, wanted]
+        _refuse_nan(flat[start : start + length], "target", take)
+        start += length
     return flat
 
 
-def _refuse_nan(x: Tensor, modality: str, take: Take) -> None:
+def _refuse_nan(x: Tensor, modality: str, take: Take, first: int = 0) -> None:
     if not torch.isfinite(x).all():
-        frame = int((~torch.isfinite(x)).any(-1).nonzero()[0])
+        frame = first + int((~torch.isfinite(x)).any(-1).nonzero()[0])
         raise BadInput(
             f"{take.source or take.clip.id}: the {modality} features hold NaN or infinity at frame {frame}; "
             f"take this take ({take.id[:12]}) out of the data, or compute it again"
@@ -334,7 +443,7 @@ def _refuse_nan(x: Tensor, modality: str, take: Take) -> None:
 class Batch:
     """B clips side by side, padded to the longest.
 
-    clips     (B,) their numbers in the corpus
+    clips     (B,) their numbers in the corpus, on the CPU
     features  (B, T, ...) by modality; target (B, T, K); valid (B, T)
     """
 
@@ -342,6 +451,19 @@ class Batch:
     features: Mapping[str, Tensor]
     target: Tensor
     valid: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """On ``device``; onto a GPU while it computes."""
+        if self.target.device.type == device.type == self.valid.device.type:
+            return self
+        features = {name: _moved(x, device) for name, x in self.features.items()}
+        return Batch(self.clips, features, _moved(self.target, device), _moved(self.valid, device))
+
+
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    if x.device.type == "cpu" and device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def batch_plan(lengths: Tensor, indices: Tensor, batch_size: int, generator: torch.Generator) -> list[Tensor]:
@@ -366,7 +488,7 @@ class Spans:
 
 def whole(corpus: Corpus) -> Spans:
     """Every clip from end to end."""
-    return Spans(corpus.offsets[:-1], corpus.lengths)
+    return Spans(corpus.start, corpus.lengths)
 
 
 def windows(corpus: Corpus, longest: int, period: int, generator: torch.Generator) -> Spans:
@@ -375,13 +497,11 @@ def windows(corpus: Corpus, longest: int, period: int, generator: torch.Generato
     A window starts at a random multiple of ``period`` within its clip, so that its frames have the
     positions they have in the clip, and late enough at the most to reach the clip's end.
     """
-    lengths = corpus.lengths.cpu()
+    lengths = corpus.lengths
     starts = (lengths - longest).clamp(min=0).add(period - 1) // period + 1
     draw = torch.rand(len(lengths), generator=generator, dtype=torch.float64)
     first = (draw * starts).long() * period
-    length = (lengths - first).clamp(max=longest)
-    device = corpus.offsets.device
-    return Spans(corpus.offsets[:-1] + first.to(device), length.to(device))
+    return Spans(corpus.start + first, (lengths - first).clamp(max=longest))
 
 
 def gather(corpus: Corpus, clips: Tensor, spans: Spans | None = None) -> Batch:
@@ -390,12 +510,45 @@ def gather(corpus: Corpus, clips: Tensor, spans: Spans | None = None) -> Batch:
     Past its end a clip repeats its last frame: finite, and masked by ``valid``.
     """
     spans = spans or whole(corpus)
-    clips = clips.to(corpus.offsets.device)
     start, length = spans.start[clips], spans.length[clips]
-    frame = torch.arange(int(length.max()), device=start.device)
-    rows = start[:, None] + torch.minimum(frame, length[:, None] - 1)
-    features = {name: x[rows] for name, x in corpus.features.items()}
-    return Batch(clips, features, corpus.target[rows], valid_frames(length))
+    inside = start - corpus.start[clips]
+    rows = _Rows(clips.tolist(), start, inside.tolist(), length)
+    features = {name: rows.of(x) for name, x in corpus.features.items()}
+    return Batch(clips, features, rows.of(corpus.target), valid_frames(length)).to(corpus.device)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Frames of a batch: of each clip ``length`` from ``start`` in flat tensors, ``inside`` the clip."""
+
+    clips: Sequence[int]
+    start: Tensor
+    inside: Sequence[int]
+    length: Tensor
+
+    def of(self, x: Tensor | Stored) -> Tensor:
+        """(B, T, ...)"""
+        if isinstance(x, Stored):
+            return self._read(x)
+        if len(self.clips) == 1:  # nothing to pad, nothing to copy
+            return x.narrow(0, int(self.start), int(self.length))[None]
+        rows = self._index.to(x.device, non_blocking=True)
+        return x.index_select(0, rows).unflatten(0, (len(self.clips), -1))
+
+    @cached_property
+    def _index(self) -> Tensor:
+        frame = torch.arange(int(self.length.max()))
+        return (self.start[:, None] + torch.minimum(frame, self.length[:, None] - 1)).flatten()
+
+    def _read(self, x: Stored) -> Tensor:
+        lengths = self.length.tolist()
+        parts = [x.read(*one) for one in zip(self.clips, self.inside, lengths)]
+        if len(parts) == 1:
+            return parts[0][None]
+        batch = parts[0].new_empty(len(parts), max(lengths), *parts[0].shape[1:])
+        for row, part in zip(batch, parts):
+            row[: len(part)], row[len(part) :] = part, part[-1]
+        return batch
 
 
 def batches(
@@ -404,30 +557,88 @@ def batches(
     batch_size: int,
     generator: torch.Generator | None = None,
     spans: Spans | None = None,
+    first: int = 0,
 ) -> Iterator[Batch]:
-    """Batches of the clips ``indices`` (n,), or of their ``spans``.
+    """Batches of the clips ``indices`` (n,), or of their ``spans``, from number ``first`` on.
 
-    Shuffled by ``generator``, or by length without one.
+    Shuffled by ``generator``, or by length without one: the same batches wherever the features lie.
+    Those that are not gathered where they are used are made ahead, by a thread.
     """
     spans = spans or whole(corpus)
-    lengths = spans.length.cpu()
     if generator is None:
-        plan = list(indices[lengths[indices].argsort(stable=True)].split(batch_size))
+        plan = list(indices[spans.length[indices].argsort(stable=True)].split(batch_size))
     else:
-        plan = batch_plan(lengths, indices, batch_size, generator)
-    for clips in plan:
-        yield gather(corpus, clips, spans)
+        plan = batch_plan(spans.length, indices, batch_size, generator)
+    made = (gather(corpus, clips, spans) for clips in plan[first:])
+    return made if corpus.in_place else prefetched(made, PREFETCHED)
 
 
-def image_statistics(frames: Tensor) -> tuple[Tensor, float]:
+def prefetched(items: Iterator[T], ahead: int) -> Iterator[T]:
+    """The same items in the same order, made by a thread that is at most ``ahead`` of them ahead.
+
+    What making them raises is raised here. The thread ends with the items, or when nobody asks for more.
+    """
+    ready: Queue[tuple[bool, T | BaseException | None]] = Queue(ahead)
+    over = threading.Event()
+
+    def hand_over(last: bool, item: T | BaseException | None) -> None:
+        while not over.is_set():
+            with suppress(Full):
+                ready.put((last, item), timeout=0.1)
+                break
+
+    def make() -> None:
+        try:
+            for item in items:
+                hand_over(False, item)
+                if over.is_set():
+                    return
+            hand_over(True, None)
+        except BaseException as error:  # told to whoever waits, in their thread
+            hand_over(True, error)
+
+    thread = threading.Thread(target=make, name="batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            last, item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            if last:
+                return
+            yield item  # type: ignore[misc]
+    finally:
+        over.set()
+        thread.join()
+
+
+def image_statistics(frames: Tensor | Stored, corpus: Corpus | None = None) -> tuple[Tensor, float]:
     """Mean (rows, 96, 3) and root mean square deviation from it of frames (F, rows, 96, 3) or latents (F, D).
 
-    That of uint8 frames is in grey levels, and at least 1: a still face is not blown up into noise.
+    Of all of them, or of the clips of ``corpus``. That of uint8 frames is in grey levels, and at least 1: a
+    still face is not blown up into noise. Sums of uint8 frames are exact, in whatever order they come.
     """
-    total = torch.zeros(frames.shape[1:], dtype=torch.float64, device=frames.device)
-    for part in frames.split(_SLICE):
-        total += part.sum(0, dtype=torch.float64)
-    mean = (total / len(frames)).float()
-    squares = sum(float((part - mean).square().sum(dtype=torch.float64)) for part in frames.split(_SLICE))
-    least = 1.0 if frames.dtype == torch.uint8 else 1e-6
-    return mean, max(least, (squares / frames.numel()) ** 0.5)
+    count, total, squares, least = 0, torch.zeros(()), torch.zeros(()), 1e-6
+    for part in _slices(frames, corpus):
+        total = total.to(part.device) + part.sum(0, dtype=torch.float64)
+        squares = squares.to(part.device) + part.float().square().sum(0, dtype=torch.float64)
+        count += len(part)
+        least = 1.0 if part.dtype == torch.uint8 else least
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp(min=0).mean()
+    return mean.float(), max(least, float(variance.sqrt()))
+
+
+def _slices(frames: Tensor | Stored, corpus: Corpus | None) -> Iterator[Tensor]:
+    """The frames of each clip, in slices: the same ones wherever they lie."""
+    if corpus is None:
+        assert isinstance(frames, Tensor)
+        yield from frames.split(_SLICE)
+        return
+    for clip, (start, length) in enumerate(zip(corpus.start.tolist(), corpus.lengths.tolist())):
+        for first in range(0, length, _SLICE):
+            count = min(_SLICE, length - first)
+            if isinstance(frames, Stored):
+                yield frames.read(clip, first, count).to(corpus.device)
+            else:
+                yield frames[start + first : start + first + count]

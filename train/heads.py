@@ -132,8 +132,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "image_patch": 2,
         "image_channels": (16, 32, 64, 128, 128),
     },
+    "smoke": {"width": 16, "style_width": 16, "image_channels": (8, 16, 16)},
 }
-"""What each preset changes of HeadsConfig. ``fast`` is its defaults, with the lookahead below."""
+"""What each preset changes of HeadsConfig. ``fast`` is its defaults, with the lookahead below; ``smoke``
+shows in seconds whether everything works, and is no measure of anything."""
 
 
 def preset(name: str, fps: int, **changes: Any) -> dict[str, Any]:
@@ -484,6 +486,26 @@ class Heads(nn.Module):
         chained = config.decoder_layers + (config.image_layers if self.image is not None else 0)
         side = (config.context - 1) // 2
         return Reach(chained * config.max_context + side, config.lookahead + side)
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters by plain names: what ``--freeze`` names, and the scale of the similarities."""
+        own: dict[str, list[nn.Module]] = {
+            "image": [] if self.image is None else [self.image],
+            "projections": [self.alignment.projections, *([] if self.separate is None else [self.separate])],
+            "styles": [self.styles],
+            "decoder": [self.decoder.layers, self.decoder.norm],
+            "output": [self.decoder.output],
+        }
+        found = {
+            name: [p for module in modules for p in module.parameters()] for name, modules in own.items()
+        }
+        return {**found, "scale": [self.alignment.log_scale]}
+
+    def freeze(self, names: Sequence[str]) -> None:
+        """These parts keep their weights."""
+        for name in names:
+            for parameter in self.parts()[name]:
+                parameter.requires_grad_(False)
 
     @torch.no_grad()
     def start_from(self, target_mean: Tensor, image_mean: Tensor | None, image_scale: float) -> None:

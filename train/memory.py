@@ -1,9 +1,10 @@
-"""Does what a run loads fit into memory? Asked before anything is read."""
+"""Where the features of a fit lie: on the device, in memory, or in the store. Decided before any is read."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +13,68 @@ from pmm import BadInput
 from pmm.store.feature import FeatureSpec
 from pmm.train.data import row_size
 
+AUTO = "auto"
+SHARE = 0.8
+"""Of the memory that is free, what ``auto`` fills: fitting needs some, too."""
+
 _FLOAT = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Event: where the features lie.
+
+    cache      "device" (a GPU), "ram" or "mmap"
+    asked      the same, or "auto"
+    needed     bytes that all of them fill
+    available  bytes free where they were to lie: on the device, or for "mmap" in memory; None: unknown
+    """
+
+    cache: str
+    asked: str
+    needed: int
+    available: int | None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes that can still be filled.
+
+    machine  of the machine's memory; None: nobody knows
+    device   of the device's own; None: it has none, and computes in the machine's
+    """
+
+    machine: int | None
+    device: int | None = None
+
+
+def measured(device: torch.device, machine: int | None = None) -> Limits:
+    """What is free now; ``machine`` bytes of the machine's memory, where given."""
+    machine = available() if machine is None else machine
+    return Limits(machine, torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None)
+
+
+def choose_cache(
+    asked: str, needed: int, limits: Limits, takes: int, modalities: Sequence[str], share: float = SHARE
+) -> Cached:
+    """Where ``needed`` bytes of features go. "auto" takes the first place that holds them in ``share`` of it.
+
+    Raises BadInput where they do not fit into the place that was asked for; the store always holds them.
+    """
+    free = {"ram": limits.machine, "mmap": limits.machine}
+    if limits.device is not None:
+        free = {"device": limits.device, **free}
+    if asked == AUTO:
+        place = next(name for name in free if name == "mmap" or _holds(free[name], needed, share))
+        return Cached(place, asked, needed, free[place])
+    place = asked if asked in free else "ram"
+    if place != "mmap" and not _holds(free[place], needed):
+        raise BadInput(_too_much(place, needed, free[place] or 0, takes, modalities))
+    return Cached(place, asked, needed, free[place])
+
+
+def _holds(limit: int | None, needed: int, share: float = 1.0) -> bool:
+    return limit is None or needed <= share * limit
 
 
 def corpus_bytes(
@@ -21,7 +83,7 @@ def corpus_bytes(
     coefficients: int,
     image_rows: tuple[int, int] | None = None,
 ) -> int:
-    """What ``data.load`` fills for so many frames: lip frames as uint8, all else as float32.
+    """What ``data.load`` fills for so many frames in memory: lip frames as uint8, all else as float32.
 
     ``image_rows`` are the rows of each lip frame that are kept (None: all).
     """
@@ -36,21 +98,18 @@ def corpus_bytes(
     return frames * each
 
 
-def refuse_too_much(needed: int, limit: int | None, takes: int, modalities: Sequence[str]) -> None:
-    """Raises BadInput where ``needed`` bytes are more than ``limit`` (None: nobody knows one)."""
-    if limit is not None and needed > limit:
-        leave = ", leave the lip frames out (--without image)" if "image" in modalities else ""
-        raise BadInput(
-            f"the features of {takes} takes fill {_gb(needed)} of memory, and {_gb(limit)} are available; "
-            f"fit fewer subjects{leave}, or use a machine with more memory"
-        )
+def _too_much(cache: str, needed: int, limit: int, takes: int, modalities: Sequence[str]) -> str:
+    leave = ", leave the lip frames out (--without image)" if "image" in modalities else ""
+    where = "of memory" if cache == "ram" else "on the device"
+    return (
+        f"the features of {takes} takes fill {_gb(needed)}, and {_gb(limit)} {where} are available; "
+        f"read them from the store while fitting (--cache mmap), or fit fewer subjects{leave}"
+    )
 
 
-def available(device: torch.device) -> int | None:
-    """Bytes that can still be filled: the least of the machine's, the container's and the GPU's."""
+def available() -> int | None:
+    """Bytes of memory that can still be filled: the least of the machine's and the container's."""
     limits = [*_machine(), *_container(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))]
-    if device.type == "cuda":
-        limits.append(torch.cuda.mem_get_info(device)[0])
     return min(limits, default=None)
 
 

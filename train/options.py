@@ -10,26 +10,41 @@ import torch
 
 from pmm import BadInput
 from pmm.store.rig import RIGS
+from pmm.train.data import CACHES
 from pmm.train.heads import MODALITIES, PRESETS
 from pmm.train.loop import SCHEDULES, Schedule
 from pmm.train.losses import REDUCTIONS, Weights
+from pmm.train.memory import AUTO
 from pmm.train.protocols import PROTOCOLS
 
 LOSS_PARTS = ("temporal", "semantic", "motion")
 """Losses that can be left out."""
+
+FREEZABLE = ("image", "projections", "styles", "decoder", "output")
+"""Parts of the heads by plain names; ``decoder`` is its layers, ``output`` its last one."""
+
+_OF_THE_SCHEDULE = ("epochs", "batch_size", "learning_rate", "window", "patience")
+_FREE = ("device", "cache")
 
 
 @dataclass(frozen=True)
 class FitOptions:
     """What a user decides. None leaves a value to the preset.
 
-    preset          "fast" or "paper"
+    preset          "fast", "paper" or "smoke" (seconds: whether everything works)
     rig             "lip32" or "arkit52": the coefficients that are predicted
     without         modalities (text, audio, image) and losses (temporal, semantic, motion) to leave out
     features        feature spec by modality, where the store has several: an id or its beginning
     snapshot        read exactly what this snapshot of the store names, instead of all that is there now
     lookahead, context, max_context   frames
     window          seconds that an epoch reads of a longer take
+    patience        epochs without a better validation LVE after which training stops; 0: never
+    split_seed      draws the protocol's split; None: ``seed`` does
+    test_subject    who is tested, under leave-one-subject-out
+    subjects        only these identities take part; none: everybody
+    cache           where features lie: "device", "ram", "mmap" (in the store) or "auto"
+    init            a run to begin from: its heads, features and statistics, with new styles
+    freeze          parts of the heads (see FREEZABLE) that keep the weights they begin with
     Raises BadInput for values that cannot be.
     """
 
@@ -53,6 +68,13 @@ class FitOptions:
     protocol: str = "cross-subject"
     features: Mapping[str, str] = field(default_factory=dict)
     snapshot: str | None = None
+    patience: int | None = None
+    split_seed: int | None = None
+    test_subject: str = ""
+    subjects: tuple[str, ...] = ()
+    cache: str = AUTO
+    init: str | None = None
+    freeze: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _one_of("preset", self.preset, PRESETS)
@@ -61,6 +83,13 @@ class FitOptions:
         _one_of("protocol", self.protocol, PROTOCOLS)
         for name in self.without:
             _one_of("without", name, (*MODALITIES, *LOSS_PARTS))
+        _one_of("cache", self.cache, (AUTO, *CACHES))
+        for name in self.freeze:
+            _one_of("freeze", name, FREEZABLE)
+        if self.freeze and self.init is None:
+            raise BadInput(
+                "freeze without init: untrained heads are no use as they are; name a run by --init"
+            )
         if self.fps < 1:
             raise BadInput(f"fps {self.fps}: it must be at least 1")
 
@@ -74,26 +103,32 @@ class FitOptions:
 
     @property
     def schedule(self) -> Schedule:
-        own = {name: getattr(self, name) for name in ("epochs", "batch_size", "learning_rate", "window")}
+        own = {name: getattr(self, name) for name in _OF_THE_SCHEDULE}
         given = {name: value for name, value in own.items() if value is not None}
         return Schedule(**{**SCHEDULES[self.preset], **given})
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "features": dict(self.features)}
 
+    def changed(self) -> dict[str, Any]:
+        """Those that are not as they are by default."""
+        plain, default = self.to_json(), FitOptions().to_json()
+        return {name: value for name, value in plain.items() if value != default[name]}
+
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> FitOptions:
         """Raises TypeError for options this version does not know."""
-        return cls(**{**value, "without": tuple(value["without"])})
+        tuples = {name: tuple(value.get(name, ())) for name in ("without", "subjects", "freeze")}
+        return cls(**{**value, **tuples})
 
     def differs(self, given: FitOptions) -> str:
         """How ``given`` asks for something else than these options, in words; empty if it does not.
 
-        An option left at its default asks for nothing, and the device may always change.
+        An option left at its default asks for nothing; the device and the cache may always change.
         """
         for one in fields(self):
             was, now = getattr(self, one.name), getattr(given, one.name)
-            if one.name != "device" and now not in (was, getattr(FitOptions(), one.name)):
+            if one.name not in _FREE and now not in (was, getattr(FitOptions(), one.name)):
                 return f"{one.name} {was!r}, not {now!r}"
         return ""
 

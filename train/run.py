@@ -3,9 +3,11 @@
 ::
 
     config.json        options, sizes, feature specs with what made them, store, split, styles, mean
-    metrics.jsonl      one line an epoch; after a resumption the last line of an epoch holds
+    metrics.jsonl      one line an epoch, steps.jsonl one a step; after a resumption the last of each holds
     best.safetensors   the heads with the lowest validation LVE
-    last.safetensors   the heads and the optimiser after the last whole epoch: where --resume goes on
+    last.safetensors   the heads and the optimiser as they were last kept: where --resume goes on
+    curves.png         loss and validation LVE by epoch
+    tensorboard/       the same by step, where TensorBoard is installed
 
 The folder is written by one run and never taken over by another.
 """
@@ -14,8 +16,9 @@ from __future__ import annotations
 
 import json
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ import torch
 from torch import Tensor
 
 import pmm
-from pmm import AlreadyThere, BadInput, NotFound
+from pmm import AlreadyThere, BadInput, NotFound, PmmError
 from pmm.store import snapshots
 from pmm.store.cache import Fetched
 from pmm.store.catalog import Store
@@ -32,38 +35,60 @@ from pmm.store.clip import Take
 from pmm.store.digest import canonical_json, strict_json
 from pmm.store.feature import FeatureSpec
 from pmm.store.remote import is_address, place
-from pmm.store.rig import RIGS
 from pmm.store.snapshots import Readable, View
-from pmm.train import checkpoint, data, memory, protocols
-from pmm.train.checkpoint import FORMAT, State
+from pmm.train import checkpoint, data, loaded, memory, protocols
+from pmm.train.checkpoint import FORMAT
 from pmm.train.data import Corpus, Skipped
-from pmm.train.heads import Heads, HeadsConfig, preset
-from pmm.train.loop import EpochDone, Schedule, Started, StepDone, seed_of, train
+from pmm.train.heads import Heads, HeadsConfig
+from pmm.train.loaded import Content, Loaded, Plan
+from pmm.train.loop import EpochDone, Schedule, Started, State, StepDone, seed_of, train
+from pmm.train.memory import Cached
 from pmm.train.options import FitOptions, torch_device
 from pmm.train.predict import predict_heads
 from pmm.train.protocols import MEAN_STYLE, Merged
+from pmm.train.record import Record
 
-CONFIG, METRICS, BEST, LAST = "config.json", "metrics.jsonl", "best.safetensors", "last.safetensors"
+CONFIG, BEST, LAST = "config.json", "best.safetensors", "last.safetensors"
+KEEP_SECONDS = 600
+"""Within an epoch that is longer, the heads are kept this often."""
 
 
 @dataclass(frozen=True)
-class Content:
-    """Event: what the run reads, as a snapshot of the store, with its id.
+class Job:
+    """One fit of several: a folder for the run, and what is asked of it."""
 
-    ``unpinned`` says why the snapshot could not be kept in the store; empty if it is there.
-    """
-
-    snapshot: str = ""
-    id: str = ""
-    unpinned: str = ""
+    path: Path
+    options: FitOptions
 
 
-Event = Fetched | Content | Started | StepDone | EpochDone
+@dataclass(frozen=True)
+class JobStarted:
+    """Event: number ``number`` (from 1) of ``jobs`` fits begins, or goes on."""
+
+    path: Path
+    number: int
+    jobs: int
+
+
+@dataclass(frozen=True)
+class JobFailed:
+    """Event: that fit cannot go on; the others do."""
+
+    path: Path
+    reason: str
+
+
+Event = Fetched | Content | Cached | JobStarted | JobFailed | Started | StepDone | EpochDone
+Tell = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a fit. ``skipped`` takes lacked features or disagreed in length."""
+    """What came of a fit. ``skipped`` takes lacked features or disagreed in length.
+
+    ended    "done", "patience" (no better epoch for too long) or "interrupted"
+    seconds  of training, this time
+    """
 
     path: Path
     epochs: int
@@ -72,18 +97,22 @@ class Result:
     clips: int
     frames: int
     skipped: tuple[Skipped, ...]
-    content: Content = Content()
+    content: Content
+    ended: str = "done"
+    seconds: float = field(default=0.0, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "run": str(self.path),
             "epochs": self.epochs,
             "best_epoch": self.best_epoch,
-            "best_validation_lve": self.best_lve,
+            "best_validation_lve": self.best_lve if self.best_epoch else None,
             "training_clips": self.clips,
             "training_frames": self.frames,
             "skipped": [asdict(one) for one in self.skipped],
             "content": asdict(self.content),
+            "ended": self.ended,
+            "seconds": round(self.seconds, 3),
         }
 
 
@@ -94,130 +123,246 @@ def fit(
     store: Store,
     run_dir: Path | str,
     options: FitOptions,
-    on_event: Callable[[Event], None] | None = None,
+    on_event: Tell | None = None,
     resume: bool = False,
     memory_limit: int | None = None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Result:
     """Fit heads from the cached features of ``store`` into the new folder ``run_dir``.
 
-    With ``resume`` the run that is there goes on from its last whole epoch, with the options it was
-    started with, to the same losses as if it had never stopped.
-    All of training and validation is held in memory: at most ``memory_limit`` bytes (None: what is
-    available).
+    With ``resume`` the run that is there goes on from where it was last kept, with the options it was
+    started with, to the same losses as if it had never stopped. When ``stopping`` says so, the heads are
+    kept after the step under way and the fit ends.
+    At most ``memory_limit`` bytes of features are held in memory (None: what is available); where they do
+    not fit they are read from the store, unless ``options.cache`` asks for a place of its own.
 
     Raises AlreadyThere if ``run_dir`` exists (and not ``resume``), NotFound or BadInput where the
-    store lacks what is needed, too few subjects for the protocol included, and where the memory does
-    not hold it.
+    store lacks what is needed, too few subjects for the protocol included, and where the memory that is
+    asked for does not hold it.
     """
-    path = Path(run_dir)
-    tell = on_event or (lambda event: None)
+    job = Job(Path(run_dir), options)
     if resume:
-        return _go_on(store, path, options, tell, memory_limit)
-    if path.exists():
-        raise AlreadyThere(
-            f"{path} already exists and nothing is overwritten; "
-            "go on with it by --resume, or name another folder"
+        read_config(job.path)
+    (one,) = prepare(store, [job], on_event, resume, memory_limit)
+    return one.train(on_event, stopping)
+
+
+def fit_many(
+    store: Store,
+    jobs: Sequence[Job],
+    on_event: Tell | None = None,
+    resume: bool = False,
+    memory_limit: int | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> list[Result]:
+    """Fit each of ``jobs`` in turn over one corpus, which is loaded once; results in their order.
+
+    All jobs train on takes that have every feature any of them reads, and on the lengths these agree in;
+    else each is, to the bit, what ``fit`` makes of it alone. A fit that cannot go on (its loss is not
+    finite, say) is told by JobFailed and has no result; the others go on. With ``resume`` those whose
+    folder is there go on, and the others begin. Raises as ``fit`` does, before any of them begins.
+    """
+    tell = on_event or (lambda event: None)
+    results = []
+    for number, one in enumerate(prepare(store, jobs, tell, resume, memory_limit), 1):
+        tell(JobStarted(one.run.path, number, len(jobs)))
+        try:
+            results.append(one.train(tell, stopping))
+        except PmmError as error:
+            tell(JobFailed(one.run.path, str(error)))
+        if stopping():
+            break
+    return results
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run whose data is in place: ``train`` begins it, or goes on with it."""
+
+    run: Run
+    corpus: Corpus
+    validation: Corpus
+
+    def train(self, on_event: Tell | None = None, stopping: Callable[[], bool] = lambda: False) -> Result:
+        return _train(self, on_event or (lambda event: None), stopping)
+
+
+def prepare(
+    store: Store,
+    jobs: Sequence[Job],
+    on_event: Tell | None = None,
+    resume: bool = False,
+    memory_limit: int | None = None,
+) -> list[Prepared]:
+    """Load what all ``jobs`` read, once, and make their folders; nothing is trained yet.
+
+    Raises as ``fit`` and ``loaded.load`` do.
+    """
+    tell = on_event or (lambda event: None)
+    there = [job for job in jobs if resume and job.path.exists()]
+    for job in jobs:
+        if job not in there and job.path.exists():
+            raise AlreadyThere(
+                f"{job.path} already exists and nothing is overwritten; "
+                "go on with it by --resume, or name another folder"
+            )
+    first = jobs[0].options
+    device = torch_device(first.device)
+    old = {job.path: _reopened(job, device) for job in there}
+    content, chosen = _source(store, first, list(old.values()))
+    plans = [_plan_again(old[job.path], chosen) if job.path in old else _plan(job, chosen) for job in jobs]
+    whole = loaded.load(store, chosen, plans, device, first.cache, tell, content, memory_limit)
+    return [_prepared(store, whole, one, job, old.get(job.path), device) for one, job in zip(plans, jobs)]
+
+
+def _source(store: Store, options: FitOptions, runs: Sequence[Run]) -> tuple[Content | None, Readable]:
+    """The snapshot that runs read which go on, or the one asked for, or the store as it is now."""
+    contents = {Content(**run.config.get("content", {})).id: run for run in runs}
+    if len(contents) > 1:
+        paths = " and ".join(str(run.path) for run in contents.values())
+        raise BadInput(
+            f"the runs in {paths} read different contents of the store; go on with them one by one"
         )
-    return _begin(store, path, options, tell, memory_limit)
+    if runs:
+        content = Content(**runs[0].config.get("content", {}))
+        if content.snapshot in snapshots.names(store):
+            return content, View(store, snapshots.load(store, content.snapshot))
+        return content, store
+    if options.snapshot:
+        return None, View(store, snapshots.load(store, options.snapshot))
+    return None, store
+
+
+def _plan(job: Job, chosen: Readable) -> Plan:
+    if job.options.init is None:
+        return loaded.plan(chosen, job.options)
+    before = load_run(job.options.init, "cpu")
+    return loaded.plan(chosen, _options_after(before, job.options), _sizes_of(before.heads.config))
+
+
+def _plan_again(run: Run, chosen: Readable) -> Plan:
+    sides = {name: part_of(run, chosen, name) for name in loaded.SIDES}
+    specs = {name: run.specs[name] for name in (*run.options.modalities, "target")}
+    return Plan(run.options, specs, sides, _sizes_of(run.heads.config))
+
+
+def _sizes_of(config: HeadsConfig) -> dict[str, Any]:
+    """Keywords of HeadsConfig, but for the styles."""
+    names = config.__dataclass_fields__
+    return {name: getattr(config, name) for name in names if name != "styles"}
+
+
+def _options_after(before: Run, options: FitOptions) -> FitOptions:
+    """``options``, with what the heads of the run to begin from decide. Raises BadInput for other wishes."""
+    changes: dict[str, Any] = {}
+    for name in _DECIDED_BY_HEADS:
+        was, wish = getattr(before.options, name), getattr(options, name)
+        if wish not in (was, getattr(FitOptions(), name)):
+            raise BadInput(
+                f"the run in {before.path} has {name} {was!r}, and --init keeps it: leave out {name} {wish!r}"
+            )
+        changes[name] = was
+    changes["features"] = {name: spec.id for name, spec in before.specs.items()}
+    return replace(options, **changes)
+
+
+_DECIDED_BY_HEADS = (
+    *("preset", "rig", "fps", "lookahead", "context", "max_context", "dropout", "modality_dropout"),
+    *("decoder_input", "without", "features"),
+)
+"""Options that a run to begin from has decided."""
+
+
+def _prepared(
+    store: Store, whole: Loaded, one: Plan, job: Job, old: Run | None, device: torch.device
+) -> Prepared:
+    sides = whole.sides(one)
+    corpus, validation = sides["train"], sides["validation"]
+    if old is None:
+        run = _begin(store, whole.content, one, job.path, corpus, validation, device)
+    else:
+        run = old
+        _refuse_lost(run, store, sides)
+        if not (run.path / LAST).exists():
+            run.heads.load_state_dict(
+                _first_heads(run.options, run.heads.config, corpus, device).state_dict()
+            )
+    run.heads.freeze(run.options.freeze)
+    return Prepared(run, corpus, validation)
+
+
+def _refuse_lost(run: Run, store: Readable, sides: Mapping[str, Corpus]) -> None:
+    for name, corpus in sides.items():
+        if corpus.skipped:
+            first = corpus.skipped[0]
+            raise NotFound(
+                f"{len(corpus.skipped)} {name} takes of the run in {run.path} can no longer be used "
+                f"({first.source}: {first.reason}); restore them in {store.where}, or start a new run"
+            )
+
+
+def _reopened(job: Job, device: torch.device) -> Run:
+    run = _open(job.path, device)
+    if other := run.options.differs(job.options):
+        raise BadInput(
+            f"the run in {job.path} was started with {other}; resume it without that option, or start a "
+            "new run"
+        )
+    return run
 
 
 def _begin(
-    store: Store, path: Path, options: FitOptions, tell: Callable[[Event], None], memory_limit: int | None
-) -> Result:
-    device = torch_device(options.device)
-    schedule, names = options.schedule, RIGS[options.rig]
-    chosen = View(store, snapshots.load(store, options.snapshot)) if options.snapshot else store
-    specs = data.choose_specs(chosen, options.fps, options.features, (*options.modalities, "target"))
-    keywords = _head_keywords(options, specs)
-    split = protocols.split(options.protocol, data.listed_takes(chosen), options.seed)
-    rows = HeadsConfig(**keywords, styles=1).image_rows
-    sides = (split.train, split.validation)
-    _refuse_too_much(chosen, specs, sides, options, rows, device, memory_limit)
-    wanted = [take for name in ("train", "validation") for takes in split[name].values() for take in takes]
-    if isinstance(chosen, View):
-        chosen.require(spec.id for spec in specs.values())
-    data.fetch(chosen, specs, wanted, tell)
-    content, source = _content(store, chosen, specs, wanted)
-    tell(content)
-    parts = {
-        name: data.load(source, specs, split[name], names, options.fps, rows)
-        for name in ("train", "validation")
-    }
-    corpus = parts["train"].to(device)
+    store: Store,
+    content: Content,
+    one: Plan,
+    path: Path,
+    corpus: Corpus,
+    validation: Corpus,
+    device: torch.device,
+) -> Run:
+    """A new folder with everything that decides the run."""
+    assert one.split is not None
     styles = tuple(dict.fromkeys(corpus.subjects))
-    heads = _new_heads(HeadsConfig(**keywords, styles=len(styles)), corpus, options.seed, device)
+    heads = _first_heads(one.options, HeadsConfig(**one.heads, styles=len(styles)), corpus, device)
     config = {
         "format": FORMAT,
         "versions": _versions(),
-        "options": options.to_json(),
-        "schedule": asdict(schedule),
+        "options": one.options.to_json(),
+        "schedule": asdict(one.options.schedule),
         "heads": heads.config.to_json(),
-        "names": list(names),
-        "fps": options.fps,
+        "names": list(one.names),
+        "fps": one.options.fps,
         "content": asdict(content),
         "store": store.where if is_address(store.where) else str(store.path.resolve()),
-        "specs": {name: spec.to_json() for name, spec in specs.items()},
-        "made_with": {name: _made_with(store, spec) for name, spec in specs.items()},
-        "split": _used(split, parts),
-        "merged": [asdict(one) for one in split.merged],
-        "skipped": [asdict(one) for part in parts.values() for one in part.skipped],
+        "specs": {name: spec.to_json() for name, spec in one.specs.items()},
+        "made_with": {name: _made_with(store, spec) for name, spec in one.specs.items()},
+        "split": _used(one.split, {"train": corpus, "validation": validation}),
+        "unused": one.split.unused,
+        "merged": [asdict(one) for one in one.split.merged],
+        "skipped": [asdict(one) for part in (corpus, validation) for one in part.skipped],
         "styles": list(styles),
-        "mean": heads.decoder.output.bias.tolist(),
+        "mean": corpus.own_target().mean(0, dtype=torch.float64).float().tolist(),
     }
     _create(path, config)
-    return _train(Run.of(path, config, heads, device), corpus, parts["validation"].to(device), tell)
+    return Run.of(path, config, heads, device)
 
 
-def _refuse_too_much(
-    store: Readable,
-    specs: Mapping[str, FeatureSpec],
-    sides: Sequence[protocols.Part],
-    options: FitOptions,
-    rows: tuple[int, int],
-    device: torch.device,
-    limit: int | None,
-) -> None:
-    frames = sum(data.frames_of(store, specs, people, options.fps) for people in sides)
-    takes = sum(len(own) for people in sides for own in people.values())
-    needed = memory.corpus_bytes(frames, specs, len(RIGS[options.rig]), rows)
-    limit = memory.available(device) if limit is None else limit
-    memory.refuse_too_much(needed, limit, takes, options.modalities)
+def _first_heads(options: FitOptions, config: HeadsConfig, corpus: Corpus, device: torch.device) -> Heads:
+    if options.init is None:
+        return _new_heads(config, corpus, options.seed, device)
+    before = load_run(options.init, "cpu")
+    return _tuned_heads(before, config, tuple(dict.fromkeys(corpus.subjects)), device)
 
 
-def _content(
-    store: Store, chosen: Readable, specs: Mapping[str, FeatureSpec], wanted: Sequence[Take]
-) -> tuple[Content, View]:
-    """What a run is about to read, byte for byte: the snapshot it was given, or a new one of its own."""
-    if isinstance(chosen, View):
-        return Content(chosen.snapshot.name, chosen.snapshot.id), chosen
-    found = data.rows(store, specs, wanted)
-    snapshot, reason = snapshots.pin(store, found)
-    return Content(snapshot.name, snapshot.id, reason), View(store, snapshot)
-
-
-def _head_keywords(options: FitOptions, specs: Mapping[str, FeatureSpec]) -> dict[str, Any]:
-    """Keywords of HeadsConfig, but for the styles."""
-    pictures = "image" in specs and len(specs["image"].shape) == 3
-    plain = [name for name in options.modalities if name != "image" or not pictures]
-    sizes = {name: data.row_size(specs[name]) for name in plain}
-    changes = {
-        name: getattr(options, name)
-        for name in ("lookahead", "context", "max_context", "dropout", "modality_dropout")
-    }
-    keywords = {
-        "feature_sizes": sizes,
-        "coefficients": len(RIGS[options.rig]),
-        "modalities": options.modalities,
-        "decoder_input": options.decoder_input,
-        **preset(options.preset, options.fps, **changes),
-    }
-    if pictures:
-        height, width, _ = specs["image"].shape
-        if height != width:
-            raise BadInput(f"lip frames of {height} x {width} pixels; the image encoder reads square ones")
-        rows = keywords.get("image_rows", HeadsConfig.image_rows)
-        keywords |= {"image_size": width, "image_rows": tuple(row * height // 96 for row in rows)}
-    return keywords
+def _tuned_heads(before: Run, config: HeadsConfig, styles: Sequence[str], device: torch.device) -> Heads:
+    """The heads of ``before``, its statistics too; a new subject's style begins as the mean of all."""
+    heads = Heads(config)
+    state = before.heads.state_dict()
+    state["styles.weight"] = torch.stack(
+        [before.style_vector(who if who in before.styles else MEAN_STYLE) for who in styles]
+    )
+    heads.load_state_dict(state)
+    return heads.to(device)
 
 
 def _new_heads(config: HeadsConfig, corpus: Corpus, seed: int, device: torch.device) -> Heads:
@@ -225,10 +370,9 @@ def _new_heads(config: HeadsConfig, corpus: Corpus, seed: int, device: torch.dev
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "weights", 0))
         heads = Heads(config).to(device)
-    image, scale = (
-        data.image_statistics(corpus.features["image"]) if "image" in corpus.features else (None, 1.0)
-    )
-    heads.start_from(corpus.target.mean(0, dtype=torch.float64).float(), image, scale)
+    images = corpus.features.get("image")
+    image, scale = (None, 1.0) if images is None else data.image_statistics(images, corpus)
+    heads.start_from(corpus.own_target().mean(0, dtype=torch.float64).float(), image, scale)
     return heads
 
 
@@ -257,64 +401,54 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _go_on(
-    store: Store, path: Path, options: FitOptions, tell: Callable[[Event], None], memory_limit: int | None
-) -> Result:
-    run = _open(path, torch_device(options.device))
-    if other := run.options.differs(options):
-        raise BadInput(
-            f"the run in {path} was started with {other}; resume it without that option, or start a new run"
-        )
-    content = Content(**run.config.get("content", {}))
-    pinned = content.snapshot in snapshots.names(store)
-    source = View(store, snapshots.load(store, content.snapshot)) if pinned else store
-    sides = [part_of(run, source, name) for name in ("train", "validation")]
-    rows = run.heads.config.image_rows
-    _refuse_too_much(source, run.specs, sides, run.options, rows, run.device, memory_limit)
-    parts = {name: load_part(run, source, name).to(run.device) for name in ("train", "validation")}
-    for name, corpus in parts.items():
-        if corpus.skipped:
-            first = corpus.skipped[0]
-            raise NotFound(
-                f"{len(corpus.skipped)} {name} takes of the run in {path} can no longer be used "
-                f"({first.source}: {first.reason}); restore them in {store.where}, or start a new run"
-            )
-    if not (path / LAST).exists():
-        fresh = _new_heads(run.heads.config, parts["train"], run.options.seed, run.device)
-        run.heads.load_state_dict(fresh.state_dict())
-    return _train(run, parts["train"], parts["validation"], tell)
-
-
-def _train(run: Run, corpus: Corpus, validation: Corpus, tell: Callable[[Event], None]) -> Result:
-    """From the checkpoint, if there is one, to the end of the schedule."""
-    heads, options, schedule = run.heads, run.options, Schedule(**run.config["schedule"])
+def _train(one: Prepared, tell: Tell, stopping: Callable[[], bool]) -> Result:
+    """From the checkpoint, if there is one, to the end of the schedule, or until it is to stop."""
+    run, heads, options = one.run, one.run.heads, one.run.options
+    schedule = Schedule(**run.config["schedule"])
     optimiser = torch.optim.Adam(heads.parameters(), lr=schedule.learning_rate)
     last = run.path / LAST
     state = checkpoint.load(last, heads, optimiser) if last.exists() else State()
-    number = {name: n for n, name in enumerate(run.styles)}
-    styles = torch.tensor([number[who] for who in corpus.subjects], device=run.device)
-    tell(_started(run, corpus, validation, schedule, state))
+    tell(_started(run, one.corpus, one.validation, schedule, state))
     events = train(
         heads,
         optimiser,
-        corpus,
-        styles,
-        validation,
+        one.corpus,
+        _styles(run, one.corpus),
+        one.validation,
         schedule,
         options.weights,
         seed=options.seed,
         reduction=options.loss_reduction,
-        first_epoch=state.epoch,
-        best_lve=state.best_lve,
+        state=state,
+        validation_styles=_styles(run, one.validation),
     )
-    for event in events:
-        if isinstance(event, EpochDone):
-            state = _keep(run.path, event, state, heads, optimiser)
-        tell(event)
+    began = kept = time.perf_counter()
+    stopped = False
+    with Record(run.path) as record:
+        for event in events:
+            state = event.state
+            stopped = stopping()
+            if isinstance(event, EpochDone) and event.best:
+                checkpoint.save(run.path / BEST, heads, state)
+            if isinstance(event, EpochDone) or stopped or time.perf_counter() - kept > KEEP_SECONDS:
+                checkpoint.save(last, heads, state, optimiser)
+                kept = time.perf_counter()
+            record.write(event)
+            tell(event)
+            if stopped:
+                break
+    finished = "done" if state.epoch == schedule.epochs else "patience"
+    ended = "interrupted" if stopped and schedule.to_do(state) else finished
+    seconds = time.perf_counter() - began
     skipped = tuple(Skipped(**one) for one in run.config["skipped"])
-    clips, frames = len(corpus.takes), corpus.frames
-    content = Content(**run.config.get("content", {}))
-    return Result(run.path, state.epoch, state.best_epoch, state.best_lve, clips, frames, skipped, content)
+    counted = (state.epoch, state.best_epoch, state.best_lve, len(one.corpus.takes), one.corpus.frames)
+    return Result(run.path, *counted, skipped, Content(**run.config.get("content", {})), ended, seconds)
+
+
+def _styles(run: Run, corpus: Corpus) -> Tensor:
+    """(N,) the number of each clip's style; -1 of a subject who has none."""
+    number = {name: n for n, name in enumerate(run.styles)}
+    return torch.tensor([number.get(who, -1) for who in corpus.subjects])
 
 
 def _started(run: Run, corpus: Corpus, validation: Corpus, schedule: Schedule, state: State) -> Started:
@@ -330,6 +464,9 @@ def _started(run: Run, corpus: Corpus, validation: Corpus, schedule: Schedule, s
         first_epoch=state.epoch,
         steps_per_epoch=-(-len(corpus.takes) // schedule.batch_size),
         device=str(run.device),
+        first_step=state.step,
+        split={part: tuple(run.config["split"][part]) for part in protocols.PARTS},
+        unused=run.config.get("unused", 0),
     )
 
 
@@ -344,26 +481,6 @@ def _create(path: Path, config: Mapping[str, Any]) -> None:
     except OSError as error:
         raise BadInput(f"cannot make the run folder {path}: {error.strerror}") from None
     checkpoint.replace_file(path / CONFIG, lambda to: to.write_text(json.dumps(config, indent=1) + "\n"))
-
-
-def _keep(
-    path: Path, event: EpochDone, state: State, heads: Heads, optimiser: torch.optim.Optimizer
-) -> State:
-    """Checkpoints, then the line of metrics: whatever a kill leaves behind, the run can go on."""
-    if event.best:
-        state = State(event.epoch, event.epoch, event.validation_lve)
-        checkpoint.save(path / BEST, heads, state)
-    state = State(event.epoch, state.best_epoch, state.best_lve)
-    checkpoint.save(path / LAST, heads, state, optimiser)
-    _append(path / METRICS, json.dumps(asdict(event)))
-    return state
-
-
-def _append(path: Path, line: str) -> None:
-    """Add a line, after closing one that a kill has torn."""
-    with path.open("a+b") as file:
-        torn = file.tell() > 0 and path.read_bytes()[-1:] != b"\n"
-        file.write(b"\n" * torn + line.encode() + b"\n")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -459,13 +576,18 @@ def _open(path: Path, device: torch.device) -> Run:
         raise BadInput(f"{path / CONFIG} lacks something or is not from this pmm ({error})") from None
 
 
-def load_part(run: Run, store: Readable, part: str) -> Corpus:
+def load_part(run: Run, store: Readable, part: str, memory_limit: int | None = None) -> Corpus:
     """The corpus of one part of a run's split, from exactly the features it was fitted on.
 
-    Raises NotFound for features or takes that ``store`` does not have.
+    It lies on the run's device where it fits, else in at most ``memory_limit`` bytes of memory (None:
+    what is available), else in the store. Raises NotFound for features or takes that ``store`` does not have.
     """
-    people = part_of(run, store, part)
-    return data.load(store, run.specs, people, run.names, run.fps, run.heads.config.image_rows)
+    people, rows = part_of(run, store, part), run.heads.config.image_rows
+    frames = data.frames_of(store, run.specs, people, run.fps)
+    needed = memory.corpus_bytes(frames, run.specs, len(run.names), rows)
+    limits, takes = memory.measured(run.device, memory_limit), sum(map(len, people.values()))
+    lie = memory.choose_cache(memory.AUTO, needed, limits, takes, run.options.modalities).cache
+    return data.load(store, run.specs, people, run.names, run.fps, rows, device=run.device, cache=lie)
 
 
 def part_of(run: Run, store: Readable, part: str) -> dict[str, tuple[Take, ...]]:
@@ -500,4 +622,19 @@ def predict(
     return predict_heads(run.heads, features, run.style_vector(style), frames)
 
 
-__all__ = ["EpochDone", "FitOptions", "Result", "Run", "Started", "StepDone", "fit", "load_run", "predict"]
+__all__ = [
+    "Content",
+    "EpochDone",
+    "FitOptions",
+    "Job",
+    "Prepared",
+    "Result",
+    "Run",
+    "Started",
+    "StepDone",
+    "fit",
+    "fit_many",
+    "load_run",
+    "predict",
+    "prepare",
+]

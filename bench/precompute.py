@@ -528,9 +528,8 @@ PARTS = {
 }
 
 
-def show(result: dict[str, object]) -> None:
-    for part, found in result.items():
-        print(f"\n{part}: {json.dumps(found, indent=1)}")
+def show(part: str, found: object) -> None:
+    print(f"\n{part}: {json.dumps(found, indent=1)}", flush=True)
 
 
 def main() -> None:
@@ -547,7 +546,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
             extra = (asked.device,) if part == "speed" else ()
             result[part] = PARTS[part](Path(folder), size, *extra)
-    print(json.dumps(result)) if asked.json else show(result)
+        if not asked.json:
+            show(part, result[part])
+    if asked.json:
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -411,7 +412,8 @@ def test_no_clip_and_nobody_is_on_two_sides():
 
 def test_fit_says_whom_it_chose_and_keeps_it(pmm, fitted, tmp_path):
     options = ("--protocol", "leave-one-subject-out", "--test-subject", "cyd", "--without", "image")
-    done = pmm("fit", fitted / "store", "--run", tmp_path / "run", "--epochs", 1, "--device", "cpu", *options)
+    store = shutil.copytree(fitted / "store", tmp_path / "store")  # a fit leaves a snapshot in it
+    done = pmm("fit", store, "--run", tmp_path / "run", "--epochs", 1, "--device", "cpu", *options)
     assert done.code == 0, done.err
     lines = [line.split(None, 1) for line in done.err.splitlines()]
     said = {line[0]: line[1] for line in lines if line[0] in ("train", "validate", "test")}

@@ -105,7 +105,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-3,
         "warm_up": 0.1,
         "cosine": True,
-        "patience": 6,
+        "patience": 10,
     },
     "paper": {"epochs": 80, "batch_size": 1, "learning_rate": 1e-4},
     "smoke": {"epochs": 2, "batch_size": 4, "learning_rate": 1e-3, "window": 5.0},

@@ -537,7 +537,7 @@ def _show_plan(plan: Plan, label: str, forecast: Forecast, shared: bool) -> None
         if share.missing:
             todo = f"{share.missing:6d} to compute {_size(share.bytes):>10}"
         else:
-            todo = "     nothing to do" if plan.left_out else "       all cached"
+            todo = "       all cached" if share.cached and not plan.left_out else "     nothing to do"
         _say(
             "plan", f"{share.spec.modality:<7}{shape:>9} {share.spec.dtype:<8}{share.cached:6d} cached {todo}"
         )
@@ -589,8 +589,8 @@ def _report(
             click.echo(f"interpolated {outcome.dropped} dropped frames (each gap at most 100 ms)")
     if outcome and outcome.failures:
         click.echo(
-            f"pmm: {len(outcome.failures)} recordings could not be used; each is named above and, unless "
-            f"refused, recorded in {store}/failures",
+            f"pmm: {_count(len(outcome.failures), 'recording')} could not be used; each is named above and, "
+            f"unless refused, recorded in {store}/failures",
             err=True,
         )
 
